@@ -119,10 +119,6 @@ def _split(raw: str, body: str, notices: list[str]) -> tuple[list[str], dict[str
     return positional, named
 
 
-def _example(key: str) -> str:
-    return Role.SUBJECT.value if key == "role" else "0.8"
-
-
 def _role(raw: str, named: Mapping[str, str]) -> Role | None:
     return parse_role(named["role"], raw) if "role" in named else None
 

@@ -95,7 +95,8 @@ def test_a_wrong_tag_is_refused_with_what_is_wrong_and_what_is_allowed(tag: str,
 def test_what_the_engine_cannot_do_is_left_out_and_said():
     prompt = parse_prompt("<lora:a:1:dyn=8><lora:b:1:lbw=ALL>")
     assert [tag.name for tag in prompt.tags] == ["a", "b"]
-    assert "dyn" in prompt.notices[0] and "lbw=" in prompt.notices[1]
+    assert "dyn" in prompt.notices[0]
+    assert "lbw=" in prompt.notices[1]
 
 
 def test_a_role_alone_says_where_it_stood():
@@ -130,8 +131,7 @@ pieces = st.lists(
 def test_hostile_prompts_are_read_or_refused_never_worse(prompt: str):
     try:
         read = parse_prompt(prompt)
-    except RoleError as error:
-        assert str(error)
+    except RoleError:
         return
     for tag in read.tags:
         assert tag.raw in prompt

@@ -109,9 +109,8 @@ def _split(raw: str, body: str, notices: list[str]) -> tuple[list[str], dict[str
                 raise RoleError(f"{raw}: unknown part {key}= (did you mean {close[0]}=?)")
             notices.append(f"{raw}: {key}= is not known here and was left out")
         elif "=" in value:
-            raise RoleError(
-                f"{raw}: {part.strip()} has more than one '='; write {key}=value once, as in {key}={_example(key)}"
-            )
+            example = f"{key}={Role.SUBJECT.value if key == 'role' else 0.8}"
+            raise RoleError(f"{raw}: {part.strip()} has more than one '='; write one value, as in {example}")
         elif key in named:
             raise RoleError(f"{raw}: {key}= is given twice")
         else:

@@ -1,0 +1,94 @@
+"""The boxed model's eyes and hands: pictures to latents and back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+from torch import nn
+from torch.nn.functional import avg_pool2d, l1_loss, mse_loss
+
+from lib_dynfuse.demo import loop, model
+from lib_dynfuse.demo.latents import Latents
+
+KL_WEIGHT = 1e-6
+LATENT_NOISE = 0.05  # deviation 1: the decoder has to forgive what encoder and UNet get slightly wrong
+
+
+def picture_loss(made: torch.Tensor, true: torch.Tensor) -> torch.Tensor:
+    """Scalar loss of pictures [B, 3, H, W]: value, edges, and the colour of every patch of 8 x 8.
+
+    The patch term keeps large areas from drifting in hue, which the eye sees before it sees a soft edge.
+    """
+    edges = l1_loss(made.diff(dim=2), true.diff(dim=2)) + l1_loss(made.diff(dim=3), true.diff(dim=3))
+    patches = l1_loss(avg_pool2d(made, 8), avg_pool2d(true, 8))
+    return l1_loss(made, true) + 2 * mse_loss(made, true) + 0.5 * edges + patches
+
+
+def psnr(made: torch.Tensor, true: torch.Tensor) -> float:
+    """Mean over pictures [N, 3, H, W] in -1..1, in decibel of the full range."""
+    error = (made.clamp(-1, 1) - true).square().mean((1, 2, 3))
+    return float((10 * torch.log10(4 / error)).mean())
+
+
+class Decoder(nn.Module):
+    """The half of an autoencoder that draws."""
+
+    def __init__(self, whole: AutoencoderKL) -> None:
+        super().__init__()
+        self.post_quant_conv, self.decoder = whole.post_quant_conv, whole.decoder
+
+    def forward(self, z: torch.Tensor) -> torch.Tensor:
+        return self.decoder(self.post_quant_conv(z))
+
+
+class Encoder(nn.Module):
+    """The half of an autoencoder that looks; gives the means [B, 4, h, w] alone."""
+
+    def __init__(self, whole: AutoencoderKL) -> None:
+        super().__init__()
+        self.quant_conv, self.encoder = whole.quant_conv, whole.encoder
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.quant_conv(self.encoder(images))[:, :4]
+
+
+def train_decoder(
+    file: Path, whole: AutoencoderKL, images: torch.Tensor, known: Latents, *, batch: int, schedule: loop.Schedule, bar: bool = True
+) -> loop.Curve:
+    """Teaches `whole` to draw the pictures back from latents that another encoder made.
+
+    Args:
+        images: uint8 [N, 3, H, W]; `known` holds their latents, plain and mirrored.
+    """
+    device = next(whole.parameters()).device
+    decoder = Decoder(whole)
+    count = len(images)
+
+    def loss(step: int, generator: torch.Generator) -> torch.Tensor:
+        index = torch.randint(count, (batch,), generator=generator)
+        mirrored = bool(torch.rand((), generator=generator) < 0.5)
+        true = images[index].to(device).float() / 127.5 - 1
+        z = (known.flipped if mirrored else known.z)[index]
+        z = (z + LATENT_NOISE * torch.randn(z.shape, generator=generator)).to(device)
+        return picture_loss(decoder(z), true.flip(3) if mirrored else true)
+
+    return loop.train(file, decoder, loss, schedule, seed=3, bar=bar)
+
+
+def train_encoder(
+    file: Path, whole: AutoencoderKL, images: torch.Tensor, known: Latents, *, batch: int, schedule: loop.Schedule, bar: bool = True
+) -> loop.Curve:
+    """Teaches `whole` to see the latents that another encoder sees."""
+    device = next(whole.parameters()).device
+    encoder = Encoder(whole)
+
+    def loss(step: int, generator: torch.Generator) -> torch.Tensor:
+        index = torch.randint(len(images), (batch,), generator=generator)
+        mirrored = bool(torch.rand((), generator=generator) < 0.5)
+        seen = images[index].to(device).float() / 127.5 - 1
+        z = (known.flipped if mirrored else known.z)[index].to(device)
+        return mse_loss(encoder(seen.flip(3) if mirrored else seen), z)
+
+    return loop.train(file, encoder, loss, schedule, seed=4, bar=bar)

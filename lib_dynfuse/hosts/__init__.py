@@ -1,0 +1,3 @@
+"""The rooms that know a host."""
+
+from __future__ import annotations

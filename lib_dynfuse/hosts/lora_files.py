@@ -1,0 +1,141 @@
+"""LoRA files on disk: found by the name in a tag, opened without trust, and told apart by what they are made for."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from lib_dynfuse.errors import DynFuseError
+
+_SUFFIX = ".safetensors"
+_OLD_SUFFIXES = (".pt", ".ckpt", ".bin", ".pth")
+# Other kinds of network, by a word that their keys have and a LoRA's have not.
+_OTHER_KINDS = (
+    ("hada_", "a LoHa"),
+    ("lokr_", "a LoKr"),
+    ("oft_", "an OFT"),
+    ("boft_", "a BOFT"),
+    ("ia3", "an (IA)³"),
+    ("on_input", "an (IA)³"),
+    ("lora_mid", "a LoCon with a middle factor"),
+    ("dora_scale", "a DoRA in kohya layout"),
+)
+_OTHER_FAMILIES = (
+    (("double_blocks", "single_blocks", "single_transformer_blocks"), "Flux"),
+    (("joint_blocks", "add_k_proj"), "SD3"),
+)
+_FAMILY_OF_WIDTH = {768: "SD 1.x", 1024: "SD 2.x", 2048: "SDXL"}
+_READS_PROMPT = re.compile(r"attn2[._](?:processor\.)?to_k(?:_lora)?\.(?:lora_A|lora_down|lora\.down|down)")
+
+
+@dataclass(frozen=True)
+class LoraFile:
+    """What a checked LoRA file says of itself: tensor shapes by key, and its metadata."""
+
+    name: str
+    path: Path
+    shapes: dict[str, tuple[int, ...]]
+    metadata: dict[str, str]
+
+    @property
+    def context_width(self) -> int | None:
+        """How wide the prompt vectors are that its cross-attention reads; None where it has no such layer."""
+        return next((shape[1] for key, shape in self.shapes.items() if _READS_PROMPT.search(key)), None)
+
+    @property
+    def made_for(self) -> str | None:
+        """The kind of model it was made for, in the field's words; None where nothing in it says so."""
+        for words, family in _OTHER_FAMILIES:
+            if any(word in key for key in self.shapes for word in words):
+                return family
+        width = self.context_width
+        if width is not None:
+            return family_name(width)
+        if any(key.startswith(("lora_te2_", "text_encoder_2.")) for key in self.shapes):
+            return "SDXL"
+        return self.metadata.get("modelspec.architecture") or self.metadata.get("ss_base_model_version")
+
+    @property
+    def kind(self) -> str | None:
+        """The kind of network where it is one that diffusers does not read as a LoRA, else None."""
+        return next((kind for word, kind in _OTHER_KINDS if any(word in key for key in self.shapes)), None)
+
+
+def family_name(width: int) -> str:
+    """A model's kind by the width of its prompt vectors: SD 1.x 768, SD 2.x 1024, SDXL 2048."""
+    family = _FAMILY_OF_WIDTH.get(width, "a model of its own")
+    return f"{family} (prompt vectors {width} wide)"
+
+
+def find_lora(folder: Path | None, name: str) -> Path:
+    """The file that a tag means: `name` is a file's name without its ending, or its path inside the folder.
+
+    Raises DynFuseError that lists what there is, the closest names first.
+    """
+    if folder is None:
+        raise DynFuseError(f"<lora:{name}>: no LoRA folder is given; name it with --lora-dir")
+    if not folder.is_dir():
+        raise DynFuseError(f"LoRA folder {folder} does not exist")
+    files = {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob(f"*{_SUFFIX}"))}
+    wanted = name.strip().removesuffix(_SUFFIX)
+    found = [path for key, path in files.items() if wanted in (key, path.stem)]
+    if len(found) > 1 and wanted in files:
+        found = [files[wanted]]
+    if len(found) > 1:
+        raise DynFuseError(
+            f"<lora:{name}>: several files have this name: {_listing(map(str, found))}; write its folder too"
+        )
+    if found:
+        return found[0]
+    old = next((path for suffix in _OLD_SUFFIXES for path in folder.rglob(f"*{suffix}") if path.stem == wanted), None)
+    if old is not None:
+        raise DynFuseError(f"<lora:{name}>: {old.name} is not a {_SUFFIX} file; convert it first")
+    if not files:
+        raise DynFuseError(f"<lora:{name}>: no {_SUFFIX} file in {folder}")
+    close = difflib.get_close_matches(wanted, files, n=3, cutoff=0.5)
+    hint = f" (did you mean {close[0]}?)" if close else ""
+    raise DynFuseError(
+        f"<lora:{name}>: not in {folder}{hint}; there is {_listing([*close, *(set(files) - set(close))])}"
+    )
+
+
+def _listing(names: object, most: int = 12) -> str:
+    every = list(names)  # type: ignore[call-overload]
+    return ", ".join(every[:most]) + (f" and {len(every) - most} more" if len(every) > most else "")
+
+
+def open_lora(path: Path) -> LoraFile:
+    """Read every tensor of the file once and let through only what can be used.
+
+    Raises DynFuseError for an empty, truncated or foreign file, a rank of 0, a NaN or infinite weight, and for kinds of
+    network that diffusers does not read.
+    """
+    if path.stat().st_size == 0:
+        raise DynFuseError(f"{path.name}: the file is empty")
+    shapes: dict[str, tuple[int, ...]] = {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = dict(file.metadata() or {})
+            for key in file.keys():  # noqa: SIM118 - a safetensors handle is no mapping
+                tensor = file.get_tensor(key)
+                shapes[key] = tuple(tensor.shape)
+                if tensor.numel() == 0:
+                    raise DynFuseError(f"{path.name}: rank 0 in {key}, shape {list(tensor.shape)}: it holds nothing")
+                if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                    raise DynFuseError(f"{path.name}: NaN or infinite weights in {key}")
+    except (SafetensorError, OSError) as error:
+        raise DynFuseError(f"{path.name}: damaged, or not a {_SUFFIX} file ({error})") from error
+    lora = LoraFile(path.stem, path, shapes, metadata)
+    if lora.kind is not None:
+        raise DynFuseError(
+            f"{path.name}: {lora.kind} network, which diffusers cannot read; LoRA and DoRA files can be used"
+        )
+    if not any("lora" in key for key in shapes):
+        held = f"its first key is {next(iter(shapes))}" if shapes else "it holds no tensors"
+        raise DynFuseError(f"{path.name}: not a LoRA: {held}")
+    return lora

@@ -1,0 +1,103 @@
+"""Opening a Stable Diffusion 1.x, 2.x or XL model: a diffusers folder or a single `.safetensors` file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from safetensors import SafetensorError, safe_open
+
+from lib_dynfuse.errors import DynFuseError
+
+_KINDS: dict[str, Any] = {
+    "StableDiffusionPipeline": StableDiffusionPipeline,
+    "StableDiffusionXLPipeline": StableDiffusionXLPipeline,
+}
+_READABLE = "SD 1.x, SD 2.x and SDXL models can be used"
+
+
+def open_pipeline(model: Path, dtype: torch.dtype, config: Path | None = None) -> Any:
+    """The text-to-image pipeline of a model, without a safety checker.
+
+    config: a diffusers folder of the same architecture, where a single file's tokenizer and component settings are
+    taken from; without one diffusers asks its cache and then the hub. A `.yaml` beside the file is its original
+    configuration. Raises DynFuseError for what is missing, damaged or of another kind.
+    """
+    if config is not None and not config.is_dir():
+        raise DynFuseError(f"--config {config} is not a folder")
+    if model.is_dir():
+        return _open_folder(model, dtype)
+    if not model.exists():
+        raise DynFuseError(f"model {model} does not exist")
+    return _open_file(model, dtype, config)
+
+
+def _open_folder(model: Path, dtype: torch.dtype) -> Any:
+    index = model / "model_index.json"
+    if not index.is_file():
+        raise DynFuseError(f"{model} is no diffusers folder: it has no model_index.json")
+    try:
+        name = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
+    except (ValueError, AttributeError) as error:
+        raise DynFuseError(f"{index} is damaged: {error}") from error
+    if name not in _KINDS:
+        raise DynFuseError(f"{model} is a {name}; {_READABLE}")
+    half_only = any(model.glob("unet/*.fp16.safetensors")) and not any(model.glob("unet/*model.safetensors"))
+    try:
+        return _KINDS[name].from_pretrained(
+            model,
+            torch_dtype=dtype,
+            local_files_only=True,
+            variant="fp16" if half_only else None,
+            **_extras(name),
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise DynFuseError(f"{model} cannot be loaded: {_line(error)}") from error
+
+
+def _open_file(model: Path, dtype: torch.dtype, config: Path | None) -> Any:
+    name = _kind_of_file(model)
+    original = model.with_suffix(".yaml")
+    try:
+        return _KINDS[name].from_single_file(
+            str(model),
+            torch_dtype=dtype,
+            config=None if config is None else str(config),
+            original_config=str(original) if original.is_file() else None,
+            local_files_only=config is not None,
+            **_extras(name),
+        )
+    # Whatever the hub, the network or a state dict that does not fit may raise.
+    except Exception as error:
+        need = "" if config else "; offline, give --config a diffusers folder of the same architecture"
+        raise DynFuseError(f"{model} cannot be loaded: {_line(error)}{need}") from error
+
+
+def _kind_of_file(model: Path) -> str:
+    if model.suffix != ".safetensors":
+        raise DynFuseError(f"{model} is not a .safetensors file")
+    try:
+        with safe_open(model, framework="pt") as file:
+            keys = list(file.keys())
+    except (SafetensorError, OSError) as error:
+        raise DynFuseError(f"{model} is damaged, or not a .safetensors file ({error})") from error
+    if not any(key.startswith("model.diffusion_model.") for key in keys):
+        raise DynFuseError(f"{model} is not a Stable Diffusion checkpoint; {_READABLE}")
+    if any(key.startswith("conditioner.embedders.") for key in keys):
+        return "StableDiffusionXLPipeline"
+    if any(key.startswith("cond_stage_model.") for key in keys):
+        return "StableDiffusionPipeline"
+    raise DynFuseError(f"{model} has no text encoder of a known kind; {_READABLE}")
+
+
+def _extras(name: str) -> dict[str, Any]:
+    if name == "StableDiffusionXLPipeline":
+        return {"add_watermarker": False}
+    return {"safety_checker": None, "requires_safety_checker": False}
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -1,0 +1,142 @@
+"""How far a delta moves a layer's features: KL, JS and cosine, one number per token.
+
+Features become a distribution by a softmax over channels (METHOD.md, section 1). With `u = log p_r - log p_0` and
+`p_r = softmax((base + delta) / temperature)`, the closed form of the KL divergence
+
+    KL(p_r || p_0) = sum p_r * delta / temperature - (LSE((base + delta) / temperature) - LSE(base / temperature))
+
+equals `sum p_r * (u - 1 + exp(-u))`. Every term of that sum is of second order in `u` and none is negative, so nothing
+cancels when a delta is ten thousand times smaller than the features it changes. The functions here are that exact
+form, for any size of delta; `kl_pair` is the plain closed form for two deltas at once, which the layers of a running
+model use: fewer passes over memory, and an absolute error of a few float32 roundings of the larger of 1 and the delta.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Divergence = Callable[..., Tensor]
+
+# Where the second-order series and the direct form are both good to about 1e-6 relative.
+_SERIES_BELOW = 0.25
+
+
+def _log_ratio(base: Tensor, delta: Tensor, temperature: float, dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(p_r, p_0, u) in float32, where u = log p_r - log p_0."""
+    if not temperature > 0 or not math.isfinite(temperature):
+        raise ValueError(f"temperature must be above 0 and finite, not {temperature!r}")
+    y = base.detach().float() / temperature
+    d = delta.detach().float() / temperature
+    log_p0 = y.log_softmax(dim)
+    p0 = log_p0.exp()
+    # A shift of all channels changes no probability; taking out the expected delta leaves differences only.
+    d = d - (p0 * d).sum(dim, keepdim=True)
+    # log p_r - log p_0 = d - log E_0[exp d]: exact through expm1 while d is small. Beyond that a direct difference of
+    # log-softmaxes is the better conditioned one.
+    near = d - torch.log1p((p0 * torch.expm1(d.clamp(max=1.0))).sum(dim, keepdim=True))
+    far = (y + d).log_softmax(dim) - log_p0
+    u = torch.where(d.abs().amax(dim, keepdim=True) <= 1.0, near, far)
+    return (log_p0 + u).exp(), p0, u
+
+
+@torch.no_grad()
+def kl_divergence(base: Tensor, delta: Tensor, temperature: float = 1.0, dim: int = -1) -> Tensor:
+    """KL(softmax((base + delta) / temperature) || softmax(base / temperature)), per token (arXiv 2602.15539).
+
+    `base` and `delta`: any floating dtype, same shape, channels along `dim`. Returns float32 nats, the shape without
+    `dim`; never negative, zero for a delta that is the same on every channel. No gradient flows through it.
+    Raises `ValueError` for a temperature that is not above 0.
+    """
+    p, p0, u = _log_ratio(base, delta, temperature, dim)
+    series = u * u * (0.5 - u * (1 / 6 - u * (1 / 24 - u * (1 / 120 - u / 720))))
+    return torch.where(u.abs() < _SERIES_BELOW, p * series, p * (u - 1) + p0).sum(dim).clamp_min(0.0)
+
+
+@torch.no_grad()
+def js_divergence(base: Tensor, delta: Tensor, temperature: float = 1.0, dim: int = -1) -> Tensor:
+    """Jensen-Shannon divergence between adapted and base features, per token; arguments and result as `kl_divergence`.
+
+    Bounded by log 2. Small differences go through sum (p - p0) u / 4 - (p + p0) log cosh(u / 2) / 2, which again has no
+    first-order terms to cancel.
+    """
+    p, p0, u = _log_ratio(base, delta, temperature, dim)
+    near = u.clamp(-1.0, 1.0)
+    log_cosh = torch.log1p(2.0 * torch.sinh(near / 4).square())
+    small = -p * torch.expm1(-near) * near / 4 - (p + p0) * log_cosh / 2
+    softplus = torch.nn.functional.softplus
+    large = (p * (math.log(2.0) - softplus(-u)) + p0 * (math.log(2.0) - softplus(u))) / 2
+    return torch.where(u.abs() < 1.0, small, large).sum(dim).clamp(0.0, math.log(2.0))
+
+
+@torch.no_grad()
+def cosine_distance(base: Tensor, delta: Tensor, temperature: float = 1.0, dim: int = -1) -> Tensor:
+    """1 - cos(base + delta, base), per token, in [0, 2]; `temperature` has no effect on an angle.
+
+    Computed as half the squared distance of the unit vectors, which does not cancel for small deltas.
+    """
+    y = base.detach().float()
+    a = torch.nn.functional.normalize(y + delta.detach().float(), dim=dim, eps=1e-20)
+    b = torch.nn.functional.normalize(y, dim=dim, eps=1e-20)
+    return (a - b).square().sum(dim) / 2
+
+
+DIVERGENCES: dict[str, Divergence] = {"kl": kl_divergence, "js": js_divergence, "cosine": cosine_distance}
+
+
+class Workspace:
+    """Float32 scratch memory that layers share, so that a forward pass allocates none of its own.
+
+    A buffer handed out by `take` is valid until the same slot is taken again.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[torch.device, str], Tensor] = {}
+
+    def take(self, slot: str, like: Tensor) -> Tensor:
+        """A float32 tensor of `like`'s shape and memory order, contents undefined."""
+        key = (like.device, slot)
+        buffer = self._buffers.get(key)
+        if buffer is None or buffer.numel() < like.numel():
+            buffer = torch.empty(like.numel(), dtype=torch.float32, device=like.device)
+            self._buffers[key] = buffer
+        return buffer[: like.numel()].view(like.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(buffer.nbytes for buffer in self._buffers.values())
+
+
+@torch.no_grad()
+def kl_pair(
+    base: Tensor, first: Tensor, second: Tensor, temperature: float = 1.0, dim: int = -1, work: Workspace | None = None
+) -> tuple[Tensor, Tensor]:
+    """The KL divergences of two deltas against one base, sharing everything that depends on the base alone.
+
+    Arguments and results as `kl_divergence`, twice. One exponential per channel for the base and one for each delta;
+    absolute error a few times 1e-7 * max(1, |delta|) nats per token, of either sign, so that a mean over tokens is not
+    biased (a divergence near zero may come out slightly negative).
+    """
+    work = work or Workspace()
+    scale = 1.0 / temperature
+    shifted = work.take("base", base)
+    powers = work.take("powers", base)
+    torch.sub(base, base.amax(dim, keepdim=True), out=shifted)
+    if scale != 1.0:
+        shifted.mul_(scale)
+    z0 = torch.exp(shifted, out=powers).sum(dim, keepdim=True)
+
+    def against_base(delta: Tensor) -> Tensor:
+        torch.add(shifted, delta, alpha=scale, out=powers)
+        peak = powers.amax(dim, keepdim=True)
+        powers.sub_(peak).exp_()
+        z = powers.sum(dim, keepdim=True)
+        mean = powers.mul_(delta).sum(dim, keepdim=True).div_(z)
+        if scale != 1.0:
+            mean.mul_(scale)
+        return mean.sub_(peak).sub_(z.div_(z0).log_()).squeeze(dim)
+
+    return against_base(first), against_base(second)

@@ -1,0 +1,88 @@
+"""A fused layer (the q, k and v of a qkv) taken apart, so that every part is decided by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from lib_dynfuse.core.delta import Delta, Dense, LowRank, Rows, Scaled, Sum
+from lib_dynfuse.core.types import Role
+
+
+class Piece(NamedTuple):
+    """A delta of the output rows `start` to `stop`; `stop` None means the last row, whatever its number."""
+
+    start: int
+    stop: int | None
+    delta: Delta
+
+
+class Stretch(NamedTuple):
+    """Output rows that are decided as one, and what each role adds to them."""
+
+    start: int
+    stop: int | None
+    deltas: dict[Role, Delta]
+
+    @property
+    def whole(self) -> bool:
+        return self.start == 0 and self.stop is None
+
+
+def stretches(deltas: Mapping[Role, Delta]) -> list[Stretch]:
+    """The layer divided wherever some delta's rows begin or end; rows that no delta covers are left out.
+
+    Raises `ValueError` without a delta, or for a delta of the whole layer that cannot be cut where another one divides
+    it (only low-rank and dense ones can).
+    """
+    if not deltas:
+        raise ValueError("no delta for any role")
+    pieces = {role: _pieces(delta) for role, delta in deltas.items()}
+    bounds = sorted({bound for listed in pieces.values() for piece in listed for bound in piece[:2] if bound})
+    result = []
+    for start, stop in zip([0, *bounds], [*bounds, None], strict=True):
+        here: dict[Role, Delta] = {}
+        for role, listed in pieces.items():
+            found = [_cut(piece, start, stop) for piece in listed if _covers(piece, start, stop)]
+            if found:
+                here[role] = found[0] if len(found) == 1 else Sum(*found)
+        if here:
+            result.append(Stretch(start, stop, here))
+    return result
+
+
+def _pieces(delta: Delta) -> list[Piece]:
+    if isinstance(delta, Rows):
+        return [Piece(delta.start, delta.stop, delta.inner)]
+    if isinstance(delta, Scaled):
+        scale = (lambda: delta.scale) if delta.varies else delta.scale
+        return [piece._replace(delta=Scaled(scale, piece.delta)) for piece in _pieces(delta.inner)]
+    if isinstance(delta, Sum):
+        found = [piece for part in delta.parts for piece in _pieces(part)]
+        return found if any(piece.stop is not None for piece in found) else [Piece(0, None, delta)]
+    return [Piece(0, None, delta)]
+
+
+def _covers(piece: Piece, start: int, stop: int | None) -> bool:
+    return piece.start <= start and (piece.stop is None or (stop is not None and stop <= piece.stop))
+
+
+def _cut(piece: Piece, start: int, stop: int | None) -> Delta:
+    """The delta of rows `start` to `stop` of the layer, which lie within the piece."""
+    if (piece.start, piece.stop) == (start, stop):
+        return piece.delta
+    return _cut_delta(piece.delta, slice(start - piece.start, None if stop is None else stop - piece.start))
+
+
+def _cut_delta(delta: Delta, rows: slice) -> Delta:
+    if isinstance(delta, Scaled):
+        scale = (lambda: delta.scale) if delta.varies else delta.scale
+        return Scaled(scale, _cut_delta(delta.inner, rows))
+    if isinstance(delta, Sum):
+        return Sum(*(_cut_delta(part, rows) for part in delta.parts))
+    if isinstance(delta, LowRank) and (delta.geometry is None or delta.geometry.groups == 1):
+        return LowRank(delta.down, delta.up[rows], delta.mid, delta.geometry)
+    if isinstance(delta, Dense) and (delta.geometry is None or delta.geometry.groups == 1):
+        bias = None if delta.bias is None else delta.bias[rows]
+        return Dense(delta.weight[rows], bias, delta.geometry)
+    raise ValueError(f"one network covers the whole layer by a {type(delta).__name__}, another only parts of it")

@@ -1,0 +1,89 @@
+"""What every fusion rule is made of: the description a person chooses, and the rule that runs."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+from torch import Tensor
+
+from lib_dynfuse.core.delta import Delta
+from lib_dynfuse.core.moment import Moment
+
+Weight = float | Tensor
+
+
+class Features(NamedTuple):
+    """What the divergence rules look at: `base`, `subject` and `style` of one shape, channels along `dim`.
+
+    `base` is y0, the other two are the deltas d_s and d_t, for all tokens of the layer or for the sampled ones.
+    """
+
+    base: Tensor
+    subject: Tensor
+    style: Tensor
+    dim: int
+
+
+class Selection(NamedTuple):
+    """How much of each role's delta a layer gets: a number, [B] per batch item, or [B, T] per token.
+
+    Boolean tensors mean one or the other. The divergences [B] are there for the trace.
+    """
+
+    subject: Weight
+    style: Weight
+    d_subject: Tensor | None = None
+    d_style: Tensor | None = None
+
+
+class Pair(NamedTuple):
+    """A covered layer (or one part of a fused layer) on which both roles have something to say."""
+
+    name: str
+    subject: Delta
+    style: Delta
+
+
+class Rule(Protocol):
+    """A strategy at work, for the life of one `Fusion`."""
+
+    def begin(self, moment: Moment) -> None:
+        """Called once at the start of every forward pass, before any layer."""
+
+    def select(self, layer: int, moment: Moment, features: Callable[[int], Features]) -> Selection:
+        """The weights for pair number `layer`. `features(n)` computes the features of `n` sampled tokens, 0 for all;
+        rules that do not look at the input never call it."""
+
+
+@dataclass(frozen=True)
+class Strategy(ABC):
+    """A fusion rule and its parameters (METHOD.md, section 2)."""
+
+    name: ClassVar[str]
+    help: ClassVar[str]
+    source: ClassVar[str]
+
+    def prepare(self, pair: Pair) -> Pair:
+        """A chance to change the deltas once, before the first forward pass."""
+        return pair
+
+    @abstractmethod
+    def start(self, pairs: Sequence[Pair]) -> Rule:
+        """The rule that will decide for `pairs`, in the order in which the model was covered."""
+
+
+def number(default: float, minimum: float, maximum: float, help: str) -> Any:
+    """A numeric parameter of a strategy; whole where `default` is an int."""
+    return dataclasses.field(default=default, metadata={"minimum": minimum, "maximum": maximum, "help": help})
+
+
+def flag(default: bool, help: str) -> Any:
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+def text(default: str, help: str, choices: tuple[str, ...] | None = None) -> Any:
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})

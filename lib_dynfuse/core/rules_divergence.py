@@ -1,0 +1,253 @@
+"""Fusion rules that look at the features: the paper's selection by KL divergence, and its relatives."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lib_dynfuse.core.divergence import Workspace, cosine_distance, js_divergence, kl_pair
+from lib_dynfuse.core.moment import Moment, fold_rows
+from lib_dynfuse.core.rules import Features, Pair, Rule, Selection, Strategy, flag, number
+from lib_dynfuse.core.types import Row
+
+# Divergences below this are rounding; it keeps their logarithms finite.
+_FLOOR = 1e-20
+
+
+@dataclass(frozen=True)
+class DivergenceStrategy(Strategy):
+    """Whichever role moves a layer's features further wins the layer (arXiv 2602.15539; METHOD.md, section 1).
+
+    The rule compares a margin with zero, per batch item or per token:
+
+        margin = log D_s - log D_t - [auto_balance] running mean of that difference + log((1 - b) / (1 + b))
+        b = clamp(balance - schedule * (1 - 2 * progress), -1, 1)
+
+    Ties go to the subject.
+    """
+
+    per_token: ClassVar[bool] = False
+
+    balance: float = number(0.0, -1.0, 1.0, "-1 gives every layer to the subject, +1 to the style, 0 is neutral.")
+    auto_balance: bool = flag(
+        False, "Evens out strengths: a louder network does not win everywhere, only where it is louder than usual."
+    )
+    schedule: float = number(
+        0.0, -1.0, 1.0, "Above 0 leans to the subject in early steps and to the style in late ones; below 0 reversed."
+    )
+    couple_cfg: bool = flag(False, "The prompt's half decides for the negative prompt's half too.")
+    temperature: float = number(
+        1.0, 0.01, 100.0, "Of the softmax over channels; higher looks at more channels, lower at the strongest."
+    )
+    standardise: bool = flag(False, "Measures features in their own standard deviations before the softmax.")
+    decide_every: int = number(1, 1, 100, "Steps before a layer decides again; between them it keeps its choice.")
+
+    @property
+    def sampled(self) -> int:
+        """How many tokens of a layer are looked at, 0 for all of them."""
+        return 0
+
+    def divergences(self, features: Features, work: Workspace) -> tuple[Tensor, Tensor]:
+        """(D_s, D_t) per token, float32."""
+        base, subject, style, dim = features
+        if self.standardise:
+            spread = base.float().std(dim, keepdim=True, unbiased=False).clamp_min(1e-12)
+            base, subject, style = base / spread, subject / spread, style / spread
+        return self.criterion(base, subject, style, dim, work)
+
+    def criterion(
+        self, base: Tensor, subject: Tensor, style: Tensor, dim: int, work: Workspace
+    ) -> tuple[Tensor, Tensor]:
+        return kl_pair(base, subject, style, self.temperature, dim, work)
+
+    def choose(self, margin: Tensor) -> tuple[Tensor, Tensor]:
+        """(subject's weight, style's weight) from the margin, of its shape."""
+        subject = margin >= 0
+        return subject, ~subject
+
+    def start(self, pairs: Sequence[Pair]) -> Rule:
+        return _DivergenceRule(self, pairs)
+
+
+@dataclass(frozen=True)
+class _PerItem(DivergenceStrategy):
+    sample_tokens: int = number(
+        0, 0, 4096, "Look at this many tokens of a layer, evenly spread, to decide; 0 looks at all of them."
+    )
+
+    @property
+    def sampled(self) -> int:
+        return self.sample_tokens
+
+
+@dataclass(frozen=True)
+class KLItem(_PerItem):
+    name: ClassVar[str] = "kl"
+    help: ClassVar[str] = "Each layer goes to the role that moves its features further, judged anew at every step."
+    source: ClassVar[str] = "arXiv 2602.15539"
+
+
+@dataclass(frozen=True)
+class KLSoft(_PerItem):
+    """y0 + w d_s + (1 - w) d_t, w = softmax(log D / softness): softness -> 0 is `kl`."""
+
+    name: ClassVar[str] = "kl-soft"
+    help: ClassVar[str] = "Like kl, but mixes the two by how far each moves the features instead of switching."
+    source: ClassVar[str] = "ours"
+
+    softness: float = number(1.0, 0.01, 10.0, "How gradual the mixing is; small values switch like kl.")
+
+    def choose(self, margin: Tensor) -> tuple[Tensor, Tensor]:
+        subject = torch.sigmoid(margin / self.softness)
+        return subject, 1 - subject
+
+
+@dataclass(frozen=True)
+class KLToken(DivergenceStrategy):
+    name: ClassVar[str] = "kl-token"
+    help: ClassVar[str] = "Like kl, but every place of the picture decides for itself."
+    source: ClassVar[str] = "ours, after arXiv 2508.11624"
+    per_token: ClassVar[bool] = True
+
+
+@dataclass(frozen=True)
+class JensenShannon(_PerItem):
+    name: ClassVar[str] = "js"
+    help: ClassVar[str] = "Like kl, with the symmetric Jensen-Shannon divergence."
+    source: ClassVar[str] = "arXiv 2602.15539, ablation"
+
+    def criterion(
+        self, base: Tensor, subject: Tensor, style: Tensor, dim: int, work: Workspace
+    ) -> tuple[Tensor, Tensor]:
+        return (
+            js_divergence(base, subject, self.temperature, dim),
+            js_divergence(base, style, self.temperature, dim),
+        )
+
+
+@dataclass(frozen=True)
+class Cosine(_PerItem):
+    name: ClassVar[str] = "cosine"
+    help: ClassVar[str] = "Like kl, by the angle between the features with and without the network."
+    source: ClassVar[str] = "arXiv 2602.15539, ablation"
+
+    def criterion(
+        self, base: Tensor, subject: Tensor, style: Tensor, dim: int, work: Workspace
+    ) -> tuple[Tensor, Tensor]:
+        return cosine_distance(base, subject, dim=dim), cosine_distance(base, style, dim=dim)
+
+
+@dataclass
+class _Kept:
+    """What a layer decided last: for whom, when, and the margin [B] or [B, T]."""
+
+    moment: Moment
+    margin: Tensor
+    selection: Selection
+
+
+class _DivergenceRule(Rule):
+    def __init__(self, strategy: DivergenceStrategy, pairs: Sequence[Pair]) -> None:
+        self._strategy = strategy
+        self._work = Workspace()
+        self._layers = len(pairs)
+        self._prior = _log_energy_ratio(pairs) if strategy.auto_balance else 0.0
+        self._scales: dict[tuple[int, bool], Tensor] = {}
+        self._rows: tuple[Row, ...] = ()
+        self._scale = torch.empty(0, 2)
+        self._kept: dict[int, _Kept] = {}
+        self._bias = 0.0
+
+    def begin(self, moment: Moment) -> None:
+        lean = self._strategy.balance - self._strategy.schedule * (1 - 2 * moment.progress)
+        self._bias = _log_odds(max(-1.0, min(1.0, lean)))
+        if self._strategy.auto_balance and moment.rows != self._rows:
+            self._change_rows(moment)
+
+    def select(self, layer: int, moment: Moment, features: Callable[[int], Features]) -> Selection:
+        strategy = self._strategy
+        kept = self._kept.get(layer)
+        if kept is not None and self._still_good(kept, moment):
+            return kept.selection
+        rows = len(moment.rows)
+        per_token = strategy.divergences(features(strategy.sampled), self._work)
+        d_subject, d_style = (fold_rows(d.reshape(d.shape[0], -1), rows) for d in per_token)
+        item_subject, item_style = d_subject.mean(1), d_style.mean(1)
+        ratio = _log_ratio(item_subject, item_style)
+        margin = _log_ratio(d_subject, d_style) if strategy.per_token else ratio
+        if strategy.auto_balance:
+            offset = self._running_mean(ratio)
+            margin = margin - (offset.unsqueeze(1) if strategy.per_token else offset)
+        margin = margin + self._bias
+        if strategy.couple_cfg:
+            margin = self._coupled(margin, kept, moment)
+        selection = Selection(*strategy.choose(margin), item_subject, item_style)
+        if strategy.decide_every > 1 or (strategy.couple_cfg and moment.split):
+            self._kept[layer] = _Kept(moment, margin, selection)
+        return selection
+
+    def _still_good(self, kept: _Kept, moment: Moment) -> bool:
+        every = self._strategy.decide_every
+        return every > 1 and moment.step // every == kept.moment.step // every and moment.rows == kept.moment.rows
+
+    def _coupled(self, margin: Tensor, kept: _Kept | None, moment: Moment) -> Tensor:
+        """Gives uncond rows their picture's cond margin: from this batch, or from the last one that had it.
+
+        Where a host runs the halves in separate calls, uncond first, that is the step before; the very first uncond
+        call decides for itself.
+        """
+        margin = moment.coupled(margin)
+        if kept is None or not moment.orphans or kept.margin.shape[1:] != margin.shape[1:]:
+            return margin
+        known = [row for row in moment.orphans if moment.rows[row].image in kept.moment.cond_rows]
+        if not known:
+            return margin
+        sources = [kept.moment.cond_rows[moment.rows[row].image] for row in known]
+        # Both index lists depend on the rows alone, so they are sent once and kept.
+        target = moment.indices(known)
+        source = moment.indices(sources)
+        return margin.index_copy(0, target, kept.margin.index_select(0, source))
+
+    def _change_rows(self, moment: Moment) -> None:
+        """Puts the old rows' scales away and lays out those of the new ones, [B, 2]: (mean log ratio, decisions)."""
+        for index, row in enumerate(self._rows):
+            self._scales[row.image, row.cond] = self._scale[index]
+        start = torch.tensor([self._prior, float(self._layers)]).to(moment.device, non_blocking=True)
+        self._rows = moment.rows
+        self._scale = torch.stack([self._scales.get((row.image, row.cond), start) for row in moment.rows])
+
+    def _running_mean(self, ratio: Tensor) -> Tensor:
+        """The mean log ratio [B] of each row's own picture and half so far, this decision included.
+
+        It starts from what the networks' weights alone would predict, counted as one forward pass's decisions, so that
+        the first layers are not judged against themselves. Rows never see one another.
+        """
+        mean, count = self._scale.unbind(1)
+        count += 1
+        mean += (ratio - mean) / count
+        return mean
+
+
+def _log_ratio(subject: Tensor, style: Tensor) -> Tensor:
+    """log D_s - log D_t with a floor; a divergence that is not a number counts as none."""
+    subject, style = subject.nan_to_num(0.0), style.nan_to_num(0.0)
+    return subject.clamp_min(_FLOOR).log() - style.clamp_min(_FLOOR).log()
+
+
+def _log_odds(lean: float) -> float:
+    if abs(lean) == 1.0:
+        return -math.inf * lean
+    return math.log((1 - lean) / (1 + lean))
+
+
+def _log_energy_ratio(pairs: Sequence[Pair]) -> float:
+    """log of |dW_s|_F^2 / |dW_t|_F^2 over all pairs: for small deltas a divergence grows with the delta's square."""
+    energies = [(pair.subject.frobenius_sq(), pair.style.frobenius_sq()) for pair in pairs]
+    known = [(a, b) for a, b in energies if a is not None and b is not None]
+    subject, style = sum(a for a, _ in known), sum(b for _, b in known)
+    return math.log(subject / style) if subject > 0 and style > 0 else 0.0

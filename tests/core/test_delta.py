@@ -128,7 +128,7 @@ class TestLowRank:
             ((2, 3, 3, 3), (4, 2), None, None, r"down is \[2, 3, 3, 3\]: expected two axes"),
             ((2, 3, 3), (4, 2, 1, 1), None, Geometry(), r"down is \[2, 3, 3\]: expected four axes"),
             ((2, 3, 3, 3), (4, 2, 3, 3), None, Geometry(), r"up is \[4, 2, 3, 3\]: expected \[out, 2, 1, 1\]"),
-            ((2, 3, 1, 1), (4, 2, 1, 1), (2, 5, 3, 3), Geometry(), r"mid is \[2, 5, 3, 3\].*expected \[r2, 2, kh, kw\]"),
+            ((2, 3, 1, 1), (4, 2, 1, 1), (2, 5, 3, 3), Geometry(), r"mid is \[2, 5, 3, 3\].*expected \[r2, 2,"),
             ((2, 3, 3, 3), (4, 2, 1, 1), (2, 2, 3, 3), Geometry(), r"after a down of \[2, 3, 3, 3\]"),
             ((2, 3), (4, 2), (2, 2), None, r"a Linear layer has none"),
             ((0, 3), (4, 0), None, None, r"rank of at least 1"),
@@ -458,7 +458,8 @@ class TestEveryKind:
         assert d.dtype == dtype
         assert d.shape == y.shape
         # Intermediate results are rounded too: a few units in the last place of the largest value.
-        torch.testing.assert_close(d.double(), exact, rtol=0, atol=8 * torch.finfo(dtype).eps * float(exact.abs().max()))
+        slack = 8 * torch.finfo(dtype).eps * float(exact.abs().max())
+        torch.testing.assert_close(d.double(), exact, rtol=0, atol=slack)
 
     def test_another_number_of_channels_is_named(self, name: str) -> None:
         delta, x, y = every_kind()[name]

@@ -27,8 +27,8 @@ _GREY = "#555555"
 # Orange to purple can be told apart in every common colour blindness; its middle is neutral.
 _COLOURS = "PuOr"
 _NOTHING = "#c8c8c8"
-# Their tokens are the prompt's words, not places in the picture.
-_WORDS = re.compile(r"(?:^|\.)attn2\.to_[kv](?:\.|$)")
+# Their tokens are the prompt's words, not places in the picture. A part of a fused layer ends in [start:stop].
+_WORDS = re.compile(r"(?:^|\.)attn2\.to_[kv](?:\.|\[|$)")
 
 
 def heat_map(record: Record, image: int = 0) -> Figure:

@@ -128,7 +128,9 @@ def test_places_are_the_mean_over_layers_of_any_resolution_at_the_finest() -> No
 def test_layers_on_words_or_on_another_grid_do_not_count() -> None:
     grid = np.ones((1, 6))
     words = np.zeros((1, 6))
-    found = style_by_place(with_tokens(a__attn1__to_q=grid, a__attn2__to_k=words, b=np.zeros((1, 7))), 0, 48, 32)
+    several = with_tokens(a__attn1__to_q=grid, a__attn2__to_k=words, b=np.zeros((1, 7)))
+    several.tokens["a.attn2.to_k[0:64]"] = words.astype(np.float32)
+    found = style_by_place(several, 0, 48, 32)
     np.testing.assert_array_equal(found, np.zeros((3, 2)))
 
 

@@ -36,7 +36,9 @@ class Rotation(Delta):
     blocks [k, b, b]: R is block-diagonal. blocks [m, k, b, b]: R is the product of m butterfly stages, the first
     applied first; stage i pairs channels 2^i·b/2 apart (BOFT, arXiv 2311.06243, as LyCORIS lays it out). rescale: `out`
     entries. Covered: kohya's and LyCORIS's OFT and LyCORIS's BOFT, which turn outputs; PEFT's OFT turns the layer's
-    *input*, ΔW = W·(R − I), which y does not determine: give that ΔW to Dense. ValueError for other shapes.
+    *input*, ΔW = W·(R − I), which y does not determine: give that ΔW to Dense. A block that straddles two groups of a
+    grouped convolution turns outputs where the libraries' merged weight turns rows of W, which is not the same: Dense
+    again. Strength: Scaled(s, ...) is I + s·(R − I), as the hosts have it. ValueError for other shapes.
     """
 
     needs_base = True

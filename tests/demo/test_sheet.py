@@ -1,0 +1,115 @@
+"""The demo's sheet and table, from results of known content."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lib_dynfuse.demo.compare import METHODS, Pair, Result
+from lib_dynfuse.demo.sheet import markdown, rows, sheet, write
+from lib_dynfuse.trace import Item, Pass, Record
+
+FOX, CUP = Pair("fox", "hc"), Pair("hot beverage", "blob")
+SETTINGS = {"seeds": 4, "steps": 6, "cfg": 3.0, "seconds": 12.3}
+TRUTH = np.full((64, 64, 3), (0, 255, 0), np.uint8)
+
+
+def record() -> Record:
+    values = np.full((2, 1, 1, 4), 0.5, np.float32)
+    return Record(["down_blocks.0.a"], [Pass(step, step, None, (Item(0, True),)) for step in range(2)], values)
+
+
+def results(*pairs: Pair) -> list[Result]:
+    """Method k is right on k % 5 of four subjects and on all styles; its pictures are a grey that tells the seed."""
+    found = []
+    for pair in pairs:
+        for number, method in enumerate(METHODS):
+            pictures = torch.stack([torch.full((3, 64, 64), seed / 4) for seed in range(4)])
+            right = torch.arange(4) < number % 5
+            chosen = record() if method.chooses else None
+            found.append(Result(pair, method, pictures, right, torch.ones(4, dtype=torch.bool), 1.5, chosen))
+    return found
+
+
+def test_the_table_has_a_row_for_each_method_and_pair_and_one_for_all() -> None:
+    table = rows(results(FOX, CUP))
+    assert [(row["pair"], row["pictures"]) for row in table[:3]] == [
+        ("fox in high contrast", 4),
+        ("hot beverage in blob", 4),
+        ("all", 8),
+    ]
+    assert [row["method"] for row in table[::3]] == [method.label for method in METHODS]
+    third = table[3 * 2 + 2]
+    assert (third["subject"], third["style"], third["both"], third["seconds"]) == (0.5, 1.0, 0.5, 3.0)
+    assert third["both_interval"] == pytest.approx([0.2152, 0.7848], abs=1e-4)
+
+
+def test_the_markdown_is_a_table_whose_columns_line_up_and_says_what_was_measured() -> None:
+    text = markdown(results(FOX, CUP), SETTINGS)
+    drawn = [line for line in text.splitlines() if line.startswith("|")]
+    assert len(drawn) == 2 + len(METHODS)
+    assert len({len(line) for line in drawn}) == 1
+    assert len({line.count("|") for line in drawn}) == 1
+    style_alone = [cell.strip() for cell in drawn[4].strip("|").split("|")]
+    assert style_alone == ["style alone", "50", "100", "50 (22 to 78)", "50", "50", ""]
+    random_choice = [cell.strip() for cell in drawn[6].strip("|").split("|")]
+    assert random_choice[-1] == "50"
+    assert "8 pictures a method (4 seeds a pair" in text
+    assert "6 steps, cfg 3" in text
+
+
+def test_the_sheet_shows_methods_across_seeds_down_and_the_truth_last() -> None:
+    page = np.asarray(sheet(results(FOX), TRUTH)).astype(int)
+    left, head, step = 58, 74, 102
+    for column in range(len(METHODS)):
+        for row in range(4):
+            cell = page[head + row * step + 48, left + column * step + 48]
+            assert abs(cell - 255 * row / 4).max() <= 1
+    assert page[head + 48, left + len(METHODS) * step + 48].tolist() == [0, 255, 0]
+
+
+def test_every_column_is_labelled_and_no_label_runs_into_the_next() -> None:
+    """Between the columns stands a white gap over the labels' whole height, and under each head there is ink."""
+    page = np.asarray(sheet(results(FOX), TRUTH).convert("L")).astype(int)
+    left, step = 58, 102
+    for column in range(len(METHODS) + 1):
+        start = left + column * step
+        assert page[34:50, start : start + 96].min() < 100
+        if column:
+            assert page[34:72, start - 4 : start - 1].min() == 255
+
+
+def test_a_sheet_of_one_seed_has_one_row() -> None:
+    one = [
+        Result(r.pair, r.method, r.pictures[:1], r.right_subject[:1], r.right_style[:1], 1.0, None)
+        for r in results(FOX)
+    ]
+    assert sheet(one, TRUTH).height == 74 + 102 + 6
+
+
+def test_everything_is_written_and_listed(tmp_path: Path) -> None:
+    out = tmp_path / "new" / "demo"
+    files = write(out, results(FOX, CUP), {FOX: TRUTH, CUP: TRUTH}, SETTINGS)
+    assert sorted(files) == sorted(out.iterdir())
+    assert {file.name for file in files} >= {
+        "sheet-fox-high-contrast.png",
+        "sheet-hot-beverage-blob.png",
+        "chosen-fox-high-contrast-kl.png",
+        "chosen-fox-high-contrast-kl-balanced.png",
+        "table.md",
+        "table.json",
+    }
+    assert not any("klora" in file.name or "random" in file.name for file in files)
+    for file in files:
+        if file.suffix == ".png":
+            with Image.open(file) as picture:
+                picture.verify()
+    content = json.loads((out / "table.json").read_text())
+    assert content["steps"] == 6
+    assert content["rows"] == rows(results(FOX, CUP))
+    assert (out / "table.md").read_text() == markdown(results(FOX, CUP), SETTINGS)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,6 +31,8 @@ from lib_dynfuse.errors import DynFuseError
 from lib_dynfuse.hosts.lora_files import LoraFile, family_name, open_lora
 
 _RAW_PEFT = "base_model.model"
+# Role LoRAs that left no adapter in the pipeline and may be wanted again, as when the rules are compared on one prompt.
+_MOST_IDLE = 16
 Layers = dict[str, tuple[nn.Module, dict[Role, Delta]]]
 
 
@@ -92,7 +95,8 @@ class Adapters:
         Raises DynFuseError for a file that cannot be used or does not fit; the pipeline then has no network at all.
         """
         keys = _keys(networks)
-        for key in [key for key in self._loaded if key not in keys]:
+        idle = [key for key in self._loaded if key not in keys and not self._in_pipeline(key)]
+        for key in [key for key in self._loaded if key not in keys and key not in idle[-_MOST_IDLE:]]:
             self._unload(key)
         try:
             for key in keys:
@@ -108,9 +112,12 @@ class Adapters:
         """Take every network out; the pipeline's modules are its own again."""
         for component in self._components.values():
             for name in list(getattr(component, "peft_config", None) or {}):
-                delete_adapter_layers(component, name)
-            recurse_remove_peft_layers(component)
+                _delete(component, name)
         self._loaded.clear()
+
+    def _in_pipeline(self, key: _Key) -> bool:
+        name = self._loaded[key].name
+        return any(name in (getattr(component, "peft_config", None) or {}) for component in self._components.values())
 
     def _unload(self, key: _Key) -> None:
         name = self._loaded.pop(key).name
@@ -119,13 +126,21 @@ class Adapters:
 
     def _load(self, key: _Key) -> _Loaded:
         lora = open_lora(key.path)
+        try:
+            return self._load_checked(lora, key.fused)
+        except DynFuseError:
+            raise
+        # Whatever diffusers and peft may make of a file that is not quite what they expect.
+        except Exception as error:
+            raise self._misfit(lora, f"diffusers cannot load it ({_first_line(error)})") from error
+
+    def _load_checked(self, lora: LoraFile, fused: bool) -> _Loaded:
         state, alphas, metadata = self._read(lora)
         self._check_fit(lora, state)
         name = f"network{self._count}"
         self._count += 1
         common = {"adapter_name": name, "_pipeline": self._pipe, "low_cpu_mem_usage": True, "metadata": metadata}
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with _peft_at_ease():
             for component, model in self._components.items():
                 if not any(entry.startswith(f"{component}.") for entry in state):
                     continue
@@ -134,19 +149,16 @@ class Adapters:
                 else:
                     self._pipe.load_lora_into_text_encoder(state, alphas, model, prefix=component, **common)
         parts: dict[str, _Part] = {}
-        if key.fused:
+        if fused:
             parts = _take_parts(self._pipe.unet, name)
             _delete(self._pipe.unet, name)
         return _Loaded(name, parts)
 
     def _read(self, lora: LoraFile) -> tuple[dict[str, Tensor], dict[str, float] | None, dict[str, Any] | None]:
         """diffusers' own reading of the file, its UNet keys in peft's names and its alphas under the same names."""
-        try:
-            state, alphas, metadata = self._pipe.lora_state_dict(
-                str(lora.path), unet_config=self._pipe.unet.config, use_safetensors=True, return_lora_metadata=True
-            )
-        except Exception as error:
-            raise self._misfit(lora, f"diffusers cannot read it ({_first_line(error)})") from error
+        state, alphas, metadata = self._pipe.lora_state_dict(
+            str(lora.path), unet_config=self._pipe.unet.config, use_safetensors=True, return_lora_metadata=True
+        )
         if all(key.startswith(f"{_RAW_PEFT}.") for key in state):
             state = {f"unet{key.removeprefix(_RAW_PEFT)}": value for key, value in state.items()}
             metadata = _peft_config(lora.path)
@@ -167,10 +179,9 @@ class Adapters:
                 missing.append(f"{component}.{layer}")
                 continue
             weight: Any = base.weight
-            has = (weight.shape[0], weight.shape[1])
-            if asked[component, layer] != has:
-                outs, ins = asked[component, layer]
-                raise self._misfit(lora, f"{layer} is {ins} to {outs} features, the model's is {has[1]} to {has[0]}")
+            if asked[component, layer] != tuple(weight.shape):
+                sizes = f"{list(asked[component, layer])}, the model's has {list(weight.shape)}"
+                raise self._misfit(lora, f"its layer {layer} has the shape {sizes}")
         if len(missing) == len(asked):
             raise self._misfit(lora, "it fits no layer of the model")
         if missing:
@@ -235,10 +246,20 @@ def _keys(networks: Sequence[Network]) -> list[_Key]:
     return keys
 
 
+@contextmanager
+def _peft_at_ease() -> Iterator[None]:
+    """Without peft's wonder at a second adapter, or at the active one going: here both are on purpose."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+        warnings.filterwarnings("ignore", message="Adapter .* was active which is now deleted")
+        yield
+
+
 def _delete(component: Any, name: str) -> None:
     if name not in (getattr(component, "peft_config", None) or {}):
         return
-    delete_adapter_layers(component, name)
+    with _peft_at_ease():
+        delete_adapter_layers(component, name)
     if not getattr(component, "peft_config", None):
         recurse_remove_peft_layers(component)
 
@@ -274,9 +295,9 @@ def _delta(part: _Part, base: nn.Module, strength: float) -> Delta:
     return Decomposed(inner, part.magnitude, row_norm(weight, inner))
 
 
-def _shapes(state: dict[str, Tensor]) -> dict[tuple[str, str], tuple[int, int]]:
-    """(component, layer) to (out features, in features), for every low-rank pair of a file as diffusers names it."""
-    asked: dict[tuple[str, str], tuple[int, int]] = {}
+def _shapes(state: dict[str, Tensor]) -> dict[tuple[str, str], tuple[int, ...]]:
+    """(component, layer) to the shape of the weight that the layer must have, for every low-rank pair of a file."""
+    asked: dict[tuple[str, str], tuple[int, ...]] = {}
     for component in ("unet", "text_encoder", "text_encoder_2"):
         part = {key.removeprefix(f"{component}."): v for key, v in state.items() if key.startswith(f"{component}.")}
         if component != "unet":
@@ -287,7 +308,7 @@ def _shapes(state: dict[str, Tensor]) -> dict[tuple[str, str], tuple[int, int]]:
             layer, marker, _ = key.partition(".lora_A.")
             up = part.get(f"{layer}.lora_B.weight")
             if marker and up is not None:
-                asked[component, layer] = (up.shape[0], down.shape[1])
+                asked[component, layer] = (up.shape[0], *down.shape[1:])
     return asked
 
 

@@ -49,7 +49,7 @@ def _open_folder(model: Path, dtype: torch.dtype) -> Any:
     try:
         return _KINDS[name].from_pretrained(
             model,
-            torch_dtype=dtype,
+            dtype=dtype,
             local_files_only=True,
             variant="fp16" if half_only else None,
             **_extras(name),
@@ -64,7 +64,7 @@ def _open_file(model: Path, dtype: torch.dtype, config: Path | None) -> Any:
     try:
         return _KINDS[name].from_single_file(
             str(model),
-            torch_dtype=dtype,
+            dtype=dtype,
             config=None if config is None else str(config),
             original_config=str(original) if original.is_file() else None,
             local_files_only=config is not None,

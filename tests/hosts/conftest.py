@@ -1,82 +1,15 @@
-"""Tiny random-weight pipelines and LoRAs in every layout, made once for the whole run."""
+"""Tiny pipelines on disk, made once for the whole run, and a folder of LoRAs for them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from diffusers import (
-    AutoencoderKL,
-    DDIMScheduler,
-    StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
-    UNet2DConditionModel,
-)
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from safetensors.torch import save_file
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
-
-WIDTH = 32
-
-
-def byte_tokenizer() -> CLIPTokenizer:
-    """CLIP's tokenizer with a letter a token: no vocabulary file is needed."""
-    letters = [chr(code) for code in range(33, 127)]
-    words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    return CLIPTokenizer(vocab={word: index for index, word in enumerate(words)}, merges=[], model_max_length=77)
-
-
-def text_config(tokenizer: CLIPTokenizer) -> CLIPTextConfig:
-    return CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=WIDTH,
-        intermediate_size=WIDTH,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=77,
-        projection_dim=WIDTH,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-
-
-def autoencoder() -> AutoencoderKL:
-    return AutoencoderKL(
-        block_out_channels=(8, 8, 8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=4,
-        sample_size=64,
-    )
-
-
-def scheduler() -> DDIMScheduler:
-    return DDIMScheduler(
-        beta_schedule="scaled_linear",
-        beta_start=0.00085,
-        beta_end=0.012,
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-    )
-
-
-def unet(context: int, **more: object) -> UNet2DConditionModel:
-    return UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(16, 32),
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        layers_per_block=2,
-        attention_head_dim=2,
-        norm_num_groups=8,
-        cross_attention_dim=context,
-        **more,
-    )
+from tiny import WIDTH, Factors, autoencoder, byte_tokenizer, in_layout, random_factors, scheduler, text_config, unet
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 
 @pytest.fixture(scope="session")
@@ -122,4 +55,25 @@ def sdxl_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     folder = tmp_path_factory.mktemp("models") / "tiny-sdxl"
     pipeline.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def fox(sd_folder: Path) -> Factors:
+    return random_factors(UNet2DConditionModel.from_pretrained(sd_folder / "unet"), seed=3)
+
+
+@pytest.fixture(scope="session")
+def ink(sd_folder: Path) -> Factors:
+    return random_factors(UNet2DConditionModel.from_pretrained(sd_folder / "unet"), seed=4, rank=3)
+
+
+@pytest.fixture(scope="session")
+def lora_dir(tmp_path_factory: pytest.TempPathFactory, fox: Factors, ink: Factors) -> Path:
+    """fox (rank 2), ink (rank 3, alpha 1.5) and detail (every other layer of fox); tests add files of other names."""
+    folder = tmp_path_factory.mktemp("loras")
+    save_file(in_layout("kohya", fox), folder / "fox.safetensors")
+    save_file(in_layout("kohya", ink, alpha=1.5), folder / "ink.safetensors")
+    halved = {name: (down / 2, up) for name, (down, up) in list(fox.items())[::2]}
+    save_file(in_layout("kohya", halved), folder / "detail.safetensors")
     return folder

@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lib_dynfuse import __version__
+from lib_dynfuse.core.strategies import strategies, strategy
+from lib_dynfuse.options import FIELDS, Options, OptionsError, options_table, rules_table
+
+NUMBERS = [option for option in FIELDS if option.minimum is not None]
+
+
+def test_defaults_are_the_plain_rule_and_switched_off():
+    options = Options.read({})
+    assert options.enabled is False
+    assert options.make_strategy() == strategy("kl")
+
+
+@pytest.mark.parametrize("name", strategies())
+def test_every_rule_can_be_chosen_with_its_defaults(name: str):
+    assert Options.read({"strategy": name}).make_strategy() == strategy(name)
+
+
+def test_options_reach_the_rule():
+    options = Options.read({"strategy": "kl-soft", "balance": 0.25, "couple_cfg": True, "parameters": {"softness": 2.0}})
+    assert options.make_strategy() == strategy("kl-soft", balance=0.25, couple_cfg=True, softness=2.0)
+
+
+@given(st.sampled_from(NUMBERS), st.floats(allow_infinity=True, allow_nan=True))
+def test_a_number_is_taken_inside_its_range_and_refused_with_the_range_outside(option: Any, value: float):
+    whole = isinstance(option.default, int)
+    allowed = option.minimum <= value <= option.maximum and (not whole or value == int(value))
+    values = {option.name: value, "stop": 1.0} if option.name != "stop" else {"stop": value}
+    if allowed:
+        assert getattr(Options.read(values), option.name) == value
+    else:
+        with pytest.raises(OptionsError) as error:
+            Options.read(values)
+        assert option.name in str(error.value)
+        assert option.allowed in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"blance": 1}, ["blance", "did you mean balance?", "auto_balance"]),
+        ({"strategy": "kll"}, ["'kll'", "'kl'", "kl-token", "random"]),
+        ({"parameters": {"softness": 1}}, ["'kl'", "'softness'"]),
+        ({"strategy": "klora", "parameters": {"alpha": 99}}, ["alpha", "0.01 to 10"]),
+        ({"parameters": {"balance": 1}}, ["balance", "an option of its own"]),
+        ({"start": 0.6, "stop": 0.5}, ["start 0.6", "stop 0.5"]),
+        ({"balance": 3, "temperature": 0}, ["balance", "-1 to 1", "temperature", "0.01 to 100"]),
+        ({"sample_tokens": "many"}, ["sample_tokens", "0 to 4096"]),
+        ({"enabled": "perhaps"}, ["enabled", "on, off"]),
+    ],
+)
+def test_what_is_not_allowed_is_refused_by_name_with_what_is(values: dict[str, Any], words: list[str]):
+    with pytest.raises(OptionsError) as error:
+        Options.read(values)
+    for word in words:
+        assert word in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_options_that_mean_nothing_to_the_rule_are_known():
+    assert Options(strategy="sum", balance=0.5, couple_cfg=True).unused() == ["balance", "couple_cfg"]
+    assert Options(strategy="kl-token", balance=0.5, sample_tokens=64).unused() == ["sample_tokens"]
+    assert Options(strategy="kl", balance=0.5).unused() == []
+
+
+def test_the_infotext_has_the_version_the_rule_and_what_was_changed():
+    assert Options().infotext() == {}
+    assert Options(enabled=True, trace=True).infotext() == {"DynFuse": __version__, "DynFuse strategy": "kl"}
+    written = Options(
+        enabled=True, strategy="klora", auto_balance=True, start=0.25, parameters={"pattern": "s*", "alpha": 2.0}
+    ).infotext()
+    assert written == {
+        "DynFuse": __version__,
+        "DynFuse strategy": "klora",
+        "DynFuse auto balance": "True",
+        "DynFuse start": "0.25",
+        "DynFuse parameters": '{"alpha": 2.0, "pattern": "s*"}',
+    }
+
+
+def test_infotext_keys_name_options_one_to_one():
+    assert len({option.key for option in FIELDS}) == len(FIELDS)
+    assert all(option.key.startswith("DynFuse ") for option in FIELDS)
+
+
+def test_every_option_and_every_rule_is_in_the_tables_with_its_help():
+    table = options_table()
+    for option in FIELDS:
+        assert f"| `{option.name}` | {option.label} |" in table
+        assert option.help in table
+        assert option.help.endswith(".")
+    rules = rules_table()
+    for info in strategies().values():
+        assert f"| `{info.name}` | {info.help} |" in rules
+    assert "`softness` 1 (0.01 to 10)" in rules
+
+
+def test_options_survive_json():
+    options = Options.read({"enabled": True, "strategy": "js", "schedule": -0.5})
+    dumped = json.loads(options.model_dump_json() if hasattr(options, "model_dump_json") else options.json())
+    assert Options.read(dumped) == options

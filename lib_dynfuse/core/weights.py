@@ -16,6 +16,9 @@ from lib_dynfuse.core.algebra import Delta, Factors, Geometry, Sum, frobenius_sq
 class _FromInput(Delta):
     """d = f_ΔW(x), for a Linear (geometry None) or a Conv2d layer."""
 
+    inputs: int
+    outputs: int
+
     def __init__(self, geometry: Geometry | None, held: str) -> None:
         self.geometry = geometry
         self.channel_dim = -1 if geometry is None else 1
@@ -222,12 +225,14 @@ class Kronecker(_FromInput):
         return _kron(orthonormal_rows(self.w1), second)
 
     def project_out(self, q: Tensor, kappa: float) -> Delta:
-        """w1 ⊗ w2 minus the low-rank κ·(ΔW·Q)·Qᵀ."""
+        """w1 ⊗ w2 minus the low-rank κ·(ΔW·Q)·Qᵀ, or Dense where Q has so many columns that Dense is the smaller."""
         columns = self.w1.shape[1] * prod(self._columns)
         if q.dim() != 2 or q.shape[0] != columns:
             raise ValueError(f"q is {list(q.shape)}: expected [{columns}, r]")
         if q.shape[1] == 0:
             return self
+        if q.shape[1] * (columns + self.outputs) > columns * self.outputs:
+            return Dense(without(self.dense(), q, kappa).to(self.w1.dtype), None, self.geometry)
         # Each column of Q is one patch of the input: the layer's own arithmetic on it, once, gives ΔW·Q.
         patches = wide(q).to(self.w1.device).T.reshape(q.shape[1], -1, *self._columns[1:])
         image = self.apply(patches, None if self.geometry is None else Geometry())

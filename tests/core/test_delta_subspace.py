@@ -209,6 +209,15 @@ def test_an_untrained_network_has_an_empty_basis() -> None:
     assert kronecker.project_out(q, 1.0) is kronecker
 
 
+def test_a_kronecker_product_projected_along_everything_holds_no_more_than_its_weight() -> None:
+    subject, style = Kronecker(rand(2, 3), rand(4, 2)), Kronecker(rand(3, 3), rand(2, 2))
+    q = style.rows_basis()
+    assert q.shape == (6, 6)
+    projected = subject.project_out(q, 0.25)
+    same(projected.dense(), 0.75 * subject.dense())
+    assert projected.nbytes == subject.dense().nbytes
+
+
 class TestFactors:
     @pytest.mark.parametrize("name", ["LowRank", "LowRank conv", "Scaled", "Scaled by a callable", "Sum of low ranks"])
     def test_their_product_is_the_weight(self, name: str) -> None:

@@ -9,7 +9,7 @@ from diffusers import AutoencoderKL
 from torch import nn
 from torch.nn.functional import avg_pool2d, l1_loss, mse_loss
 
-from lib_dynfuse.demo import loop, model
+from lib_dynfuse.demo import loop
 from lib_dynfuse.demo.latents import Latents
 
 KL_WEIGHT = 1e-6
@@ -54,41 +54,95 @@ class Encoder(nn.Module):
         return self.quant_conv(self.encoder(images))[:, :4]
 
 
-def train_decoder(
-    file: Path, whole: AutoencoderKL, images: torch.Tensor, known: Latents, *, batch: int, schedule: loop.Schedule, bar: bool = True
+def drawn(images: torch.Tensor, batch: int, generator: torch.Generator) -> tuple[torch.Tensor, bool, torch.Tensor]:
+    """A random batch of uint8 [N, 3, H, W]: its indices, whether it is mirrored, and the pictures in -1..1."""
+    index = torch.randint(len(images), (batch,), generator=generator).to(images.device)
+    mirrored = bool(torch.rand((), generator=generator) < 0.5)
+    pictures = images[index].float() / 127.5 - 1
+    return index, mirrored, pictures.flip(3) if mirrored else pictures
+
+
+def train(
+    file: Path,
+    whole: AutoencoderKL,
+    images: torch.Tensor,
+    *,
+    batch: int,
+    schedule: loop.Schedule,
+    autocast: bool = False,
+    bar: bool = True,
 ) -> loop.Curve:
-    """Teaches `whole` to draw the pictures back from latents that another encoder made.
+    """Trains encoder and decoder together.
+
+    Args:
+        images: uint8 [N, 3, H, W] on the device of `whole`.
+    """
+
+    def loss(step: int, generator: torch.Generator) -> torch.Tensor:
+        _, _, true = drawn(images, batch, generator)
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=autocast):
+            seen = whole.encode(true).latent_dist
+            noise = torch.randn(seen.mean.shape, generator=generator).to(images.device)
+            made = whole.decode(seen.mean + seen.std * noise).sample
+        return picture_loss(made.float(), true) + KL_WEIGHT * seen.kl().mean()
+
+    return loop.train(file, whole, loss, schedule, seed=3, bar=bar)
+
+
+def train_decoder(
+    file: Path,
+    whole: AutoencoderKL,
+    images: torch.Tensor,
+    known: Latents,
+    *,
+    batch: int,
+    schedule: loop.Schedule,
+    bar: bool = True,
+) -> loop.Curve:
+    """Teaches `whole` to draw pictures back from latents that another encoder made.
 
     Args:
         images: uint8 [N, 3, H, W]; `known` holds their latents, plain and mirrored.
     """
-    device = next(whole.parameters()).device
-    decoder = Decoder(whole)
-    count = len(images)
 
     def loss(step: int, generator: torch.Generator) -> torch.Tensor:
-        index = torch.randint(count, (batch,), generator=generator)
-        mirrored = bool(torch.rand((), generator=generator) < 0.5)
-        true = images[index].to(device).float() / 127.5 - 1
+        index, mirrored, true = drawn(images, batch, generator)
         z = (known.flipped if mirrored else known.z)[index]
-        z = (z + LATENT_NOISE * torch.randn(z.shape, generator=generator)).to(device)
-        return picture_loss(decoder(z), true.flip(3) if mirrored else true)
+        z = z + LATENT_NOISE * torch.randn(z.shape, generator=generator).to(z.device)
+        return picture_loss(decoder(z), true)
 
+    decoder = Decoder(whole)
     return loop.train(file, decoder, loss, schedule, seed=3, bar=bar)
 
 
 def train_encoder(
-    file: Path, whole: AutoencoderKL, images: torch.Tensor, known: Latents, *, batch: int, schedule: loop.Schedule, bar: bool = True
+    file: Path,
+    whole: AutoencoderKL,
+    images: torch.Tensor,
+    known: Latents,
+    *,
+    batch: int,
+    schedule: loop.Schedule,
+    bar: bool = True,
 ) -> loop.Curve:
     """Teaches `whole` to see the latents that another encoder sees."""
-    device = next(whole.parameters()).device
-    encoder = Encoder(whole)
 
     def loss(step: int, generator: torch.Generator) -> torch.Tensor:
-        index = torch.randint(len(images), (batch,), generator=generator)
-        mirrored = bool(torch.rand((), generator=generator) < 0.5)
-        seen = images[index].to(device).float() / 127.5 - 1
-        z = (known.flipped if mirrored else known.z)[index].to(device)
-        return mse_loss(encoder(seen.flip(3) if mirrored else seen), z)
+        index, mirrored, seen = drawn(images, batch, generator)
+        return mse_loss(encoder(seen), (known.flipped if mirrored else known.z)[index])
 
+    encoder = Encoder(whole)
     return loop.train(file, encoder, loss, schedule, seed=4, bar=bar)
+
+
+@torch.no_grad()
+def redraw(whole: AutoencoderKL, z: torch.Tensor, noise: float = 0.2, batch: int = 32) -> torch.Tensor:
+    """Normalised latents [N, 4, h, w], made noisy, as uint8 pictures [N, 3, H, W] on the CPU."""
+    device = next(whole.parameters()).device
+    generator = torch.Generator().manual_seed(6)
+    made = []
+    for part in z.split(batch):
+        part = part + noise * torch.randn(part.shape, generator=generator)
+        pictures = whole.decode(part.to(device) / whole.config.scaling_factor).sample
+        made.append(((pictures.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu())
+    return torch.cat(made)

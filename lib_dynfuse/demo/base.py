@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import torch
 from diffusers import UNet2DConditionModel
 from torch import nn
@@ -38,9 +37,7 @@ class Noise:
         self.scheduler.alphas_cumprod = self.scheduler.alphas_cumprod.to(device)
         self.device = device
 
-    def __call__(
-        self, z: torch.Tensor, generator: torch.Generator
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def __call__(self, z: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Clean latents [B, 4, h, w] to (noisy, timesteps [B], v)."""
         noise = torch.randn(z.shape, generator=generator).to(self.device)
         # One time from each of B equal parts: the loss varies far more over time than over pictures.
@@ -126,13 +123,3 @@ def draw(count: int, batch: int, generator: torch.Generator) -> tuple[torch.Tens
     index = torch.randint(count, (batch,), generator=generator)
     dropped = torch.rand(batch, generator=generator) < DROP_CAPTION
     return index, torch.where(dropped, 0, index + 1)
-
-
-def forget_unused_words(text: CLIPTextModel, texts: list[str], tokenizer: CLIPTokenizer) -> None:
-    """Zeroes the embeddings of tokens that no text of the data uses, in place: they compress away."""
-    used = torch.from_numpy(np.unique(model.tokens(texts, tokenizer).numpy()))
-    table = text.get_input_embeddings().weight
-    with torch.no_grad():
-        rows = table[used].clone()
-        table.zero_()
-        table[used] = rows

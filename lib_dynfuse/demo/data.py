@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +45,13 @@ class Pictures:
         """[n, 3, H, W] float32 in -1..1, as the autoencoder wants them."""
         return self.images[index].float() / 127.5 - 1
 
+    def shrunk(self, factor: int) -> Pictures:
+        """The same pictures, every square of `factor` x `factor` pixels averaged to one."""
+        images = torch.cat(
+            [avg_pool2d(part.float(), factor).round().to(torch.uint8) for part in self.images.split(256)]
+        )
+        return replace(self, images=images.contiguous())
+
 
 def load(path: Path, pixels: int) -> Pictures:
     """Reads an npz with x, subj, sty, names, styles and averages its pictures down to `pixels` a side.
@@ -59,6 +66,5 @@ def load(path: Path, pixels: int) -> Pictures:
     factor, rest = divmod(x.shape[-1], pixels)
     if rest or not factor:
         raise ValueError(f"{path} holds pictures of {x.shape[-1]} pixels, which {pixels} does not divide")
-    if factor > 1:
-        x = torch.cat([avg_pool2d(part.float(), factor).round().to(torch.uint8) for part in x.split(256)])
-    return Pictures(x.contiguous(), subject, style, names, styles)
+    pictures = Pictures(x.contiguous(), subject, style, names, styles)
+    return pictures.shrunk(factor) if factor > 1 else pictures

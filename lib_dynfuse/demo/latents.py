@@ -17,13 +17,20 @@ from lib_dynfuse.demo.data import Pictures
 class Latents:
     """`z`: [N, 4, h, w], one for each picture of the data, and `flipped`, those of the pictures seen in a mirror.
 
-    `mean`, `std`: [4], what was taken off and divided by; measured on the pictures named by `of` when it was made.
+    `mean`, `std`: [4], what was taken off, and what was then divided by.
     """
 
     z: torch.Tensor
     flipped: torch.Tensor
     mean: torch.Tensor
     std: torch.Tensor
+
+    def of(self, mask: np.ndarray) -> Latents:
+        """Those of some of the pictures."""
+        return Latents(self.z[mask], self.flipped[mask], self.mean, self.std)
+
+    def to(self, device: torch.device) -> Latents:
+        return Latents(*(value.to(device) for value in vars(self).values()))
 
     def save(self, file: Path) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -58,7 +58,7 @@ def train(
     every_seconds: float = 60.0,
     bar: bool = True,
 ) -> Curve:
-    """Trains `module` to the end of `schedule`, going on from `file` if it is there, and leaves the averaged weights in it.
+    """Trains `module` to the end of `schedule`, going on from `file` if it is there; leaves the averaged weights in it.
 
     `loss(step, generator)` returns a scalar; everything random in it comes from the generator, which is seeded from the
     step alone, so that an interrupted run continues as if it had never stopped. Parameters that get no gradient rest.
@@ -66,14 +66,14 @@ def train(
     Args:
         file: the checkpoint, replaced whole or not at all.
     """
-    parameters = [p for p in module.parameters() if p.requires_grad]
+    learning = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    parameters = list(learning.values())
     average = [p.detach().clone() for p in parameters]
-    fused = all(p.is_floating_point() for p in parameters)
-    optimiser = torch.optim.AdamW(parameters, lr=schedule.rate, weight_decay=1e-4, fused=fused)
+    optimiser = torch.optim.AdamW(parameters, lr=schedule.rate, weight_decay=1e-4, fused=True)
     curve = Curve()
     if file.exists():
         state = torch.load(file, map_location=parameters[0].device, weights_only=True)
-        module.load_state_dict(state["module"])
+        module.load_state_dict(state["module"], strict=False)
         optimiser.load_state_dict(state["optimiser"])
         torch._foreach_copy_(average, state["average"])
         curve = Curve(**state["curve"])
@@ -81,7 +81,7 @@ def train(
 
     def save() -> None:
         state = {
-            "module": module.state_dict(),
+            "module": {name: p.detach() for name, p in learning.items()},
             "average": average,
             "optimiser": optimiser.state_dict(),
             "curve": vars(curve),
@@ -110,7 +110,7 @@ def train(
                 curve.losses.append(round(float(torch.stack(window).mean()), 5))
                 window.clear()
                 progress.set_postfix(loss=curve.losses[-1])
-                # Only between windows, so that a resumed curve has no half-counted mean.
+                # Between windows only, so that a resumed curve has no half-counted mean.
                 if time.monotonic() - saved > every_seconds:
                     save()
                     saved = time.monotonic()
@@ -123,11 +123,11 @@ def train(
 
 
 def averaged(file: Path, module: nn.Module) -> Curve:
-    """Loads the averaged weights of a finished or running stage into `module` and returns its curve so far."""
-    parameters = [p for p in module.parameters() if p.requires_grad]
+    """Loads the averaged weights of a finished or running stage into `module`; returns the curve so far."""
     state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    module.load_state_dict(state["module"])
     with torch.no_grad():
-        torch._foreach_copy_(parameters, state["average"])
+        learning = (p for p in module.parameters() if p.requires_grad)
+        for parameter, value in zip(learning, state["average"], strict=True):
+            parameter.copy_(value)
     module.eval()
     return Curve(**state["curve"])

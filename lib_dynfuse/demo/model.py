@@ -1,7 +1,7 @@
 """The networks of the boxed model, small but laid out as Stable Diffusion 1.x, so that every host can load them.
 
-The hosts' LDM code fixes 32 groups in every GroupNorm (hence widths in multiples of 32), 4 latent channels, a factor of 8,
-and the key map of LoRAs fixes two layers per UNet block.
+The hosts' LDM code fixes 32 groups in every GroupNorm (hence widths in multiples of 32), 4 latent channels and a factor
+of 8; their key map of LoRAs fixes two layers per UNet block.
 """
 
 from __future__ import annotations

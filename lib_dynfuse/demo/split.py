@@ -1,6 +1,6 @@
 """Which subjects and styles the base model learns, and which are kept for the LoRAs and for judging.
 
-The text encoder, the UNet and the autoencoder's own weights never see a *truth picture*: a held-out subject in a held-out style.
+Text encoder, UNet and our autoencoder never see a *truth picture*: a held-out subject in a held-out style.
 """
 
 from __future__ import annotations
@@ -29,25 +29,28 @@ STYLE_WORDS = {
     "hc": "high contrast",
 }
 
-HELD_SUBJECTS = tuple(
-    """fox, strawberry, rocket, guitar, penguin, mushroom, cactus, octopus, hamburger, snail, sailboat, umbrella, crown,
-    anchor, camera, butterfly, cherries, carrot, snowman, trophy, watermelon, hot beverage, elephant, old key""".replace(
-        "\n   ", ""
-    ).split(", ")
-)
 
-BASE_SUBJECTS = tuple(
-    """monkey face, dog face, cat face, lion, unicorn, cow face, pig face, rabbit, koala, panda, bat, hatching chick,
+def listed(text: str) -> tuple[str, ...]:
+    return tuple(" ".join(text.split()).split(", "))
+
+
+HELD_SUBJECTS = listed("""
+    fox, strawberry, rocket, guitar, penguin, mushroom, cactus, octopus, hamburger, snail, sailboat, umbrella, crown,
+    anchor, camera, butterfly, cherries, carrot, snowman, trophy, watermelon, hot beverage, elephant, old key
+""")
+
+BASE_SUBJECTS = listed("""
+    monkey face, dog face, cat face, lion, unicorn, cow face, pig face, rabbit, koala, panda, bat, hatching chick,
     eagle, duck, owl, frog, snake, spouting whale, shark, crab, honeybee, lady beetle, spider, rose, sunflower, tulip,
-    evergreen tree, four leaf clover, maple leaf, cherry blossom, grapes, lemon, red apple, eggplant, ear of corn,
-    hot pepper, bread, croissant, cheese wedge, french fries, pizza, hot dog, popcorn, doughnut, lollipop, wine glass,
-    beer mug, house, castle, volcano, tent, ferris wheel, locomotive, fire engine, taxi, airplane, helicopter, bicycle,
-    hourglass done, alarm clock, crescent moon, star, cloud, rainbow, high voltage, snowflake, fire, droplet,
+    evergreen tree, four leaf clover, maple leaf, cherry blossom, grapes, lemon, red apple, eggplant, ear of corn, hot
+    pepper, bread, croissant, cheese wedge, french fries, pizza, hot dog, popcorn, doughnut, lollipop, wine glass,
+    beer mug, house, castle, volcano, tent, ferris wheel, locomotive, fire engine, taxi, airplane, helicopter,
+    bicycle, hourglass done, alarm clock, crescent moon, star, cloud, rainbow, high voltage, snowflake, fire, droplet,
     jack-o-lantern, christmas tree, balloon, wrapped gift, soccer ball, basketball, american football, game die,
-    artist palette, necktie, t-shirt, jeans, backpack, high-heeled shoe, top hat, graduation cap, loudspeaker,
-    musical note, headphone, drum, telephone, laptop, television, candle, package, pencil, scissors, locked, hammer,
-    shield, gear, microscope""".replace("\n   ", "").split(", ")
-)
+    artist palette, necktie, t-shirt, jeans, backpack, high-heeled shoe, top hat, graduation cap, loudspeaker, musical
+    note, headphone, drum, telephone, laptop, television, candle, package, pencil, scissors, locked, hammer, shield,
+    gear, microscope
+""")
 
 
 @cache

@@ -1,136 +1,320 @@
-"""All stages of the boxed model, one after another or one at a time."""
+"""All stages of the boxed model, one after another or one at a time; each goes on where it was interrupted."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKL
+from torch.nn.functional import avg_pool2d
 from transformers import CLIPTokenizer
 
-from lib_dynfuse.demo import autoencoder, base, data, latents, loop, model, split
+from lib_dynfuse.demo import autoencoder, base, box, data, judge, latents, loop, loras, measure, model, source, split
+from lib_dynfuse.demo.record import Record
 
 
-@dataclass(frozen=True)
+@dataclass
 class Work:
-    """What every stage needs: where it keeps its checkpoints, and on what."""
+    """What every stage needs.
+
+    `out` gets the checkpoints and, at the end, the same folders as the box. `latents_from`: an autoencoder whose
+    latents are adopted, so that the UNet can learn before the autoencoder is done. `minutes`: for each stage, when to
+    stop.
+    """
 
     out: Path
     preset: model.Preset
     pictures: data.Pictures
-    tokenizer: CLIPTokenizer
     device: torch.device
     latents_from: Path | None = None
-    minutes: float | None = None
+    minutes: Mapping[str, float] = field(default_factory=dict)
     bar: bool = True
 
-    def schedule(self, steps: int, rate: float, **more: float) -> loop.Schedule:
-        return loop.Schedule(steps, rate, minutes=self.minutes, **more)  # type: ignore[arg-type]
+    @cached_property
+    def tokenizer(self) -> CLIPTokenizer:
+        return model.tokenizer()
 
-    @property
-    def base_pictures(self):
+    @cached_property
+    def record(self) -> Record:
+        return Record(self.out / "record.json")
+
+    @cached_property
+    def taught(self) -> np.ndarray:
+        """The pictures that the base model learns."""
         return self.pictures.where(split.BASE_SUBJECTS, split.BASE_STYLES)
 
+    def checkpoint(self, name: str) -> Path:
+        return self.out / "checkpoints" / f"{name}.pt"
+
+    def schedule(self, stage: str, steps: int, rate: float, warmup: int = 100, ema: float = 0.999) -> loop.Schedule:
+        return loop.Schedule(steps, rate, warmup, ema, self.minutes.get(stage))
+
+    @cached_property
     def latents(self) -> latents.Latents:
-        file = self.out / "latents.safetensors"
+        """Normalised latents of all pictures, made once."""
+        file = self.out / "checkpoints" / "latents.safetensors"
         if not file.exists():
-            folder = self.latents_from
-            if folder is None:
-                raise NotImplementedError
-            encoder = AutoencoderKL.from_pretrained(folder).to(self.device)
-            latents.measure(encoder, self.pictures, self.base_pictures).save(file)
+            adopted = self.latents_from
+            vae = AutoencoderKL.from_pretrained(adopted) if adopted else self.joint_autoencoder()
+            latents.measure(vae.to(self.device), self.pictures, self.taught).save(file)
         return latents.Latents.load(file)
 
+    def joint_autoencoder(self) -> AutoencoderKL:
+        """The autoencoder that was trained whole, its latents as it makes them."""
+        vae = model.autoencoder(self.preset)
+        loop.averaged(self.checkpoint("autoencoder"), vae)
+        return vae
 
-def text_stage(work: Work) -> None:
-    chosen = work.base_pictures
-    base.train_text(
-        work.out / "text.pt",
-        work.preset,
-        work.latents().z[chosen],
-        [work.pictures.caption(k) for k in chosen],
+    def autoencoder(self) -> AutoencoderKL:
+        """The trained autoencoder, its latents normal after SD 1.x's scaling."""
+        if self.latents_from is None:
+            vae = self.joint_autoencoder()
+            box.fold(vae, self.latents.mean, self.latents.std)
+            return vae
+        vae = model.autoencoder(self.preset)
+        loop.averaged(self.checkpoint("decoder"), autoencoder.Decoder(vae))
+        loop.averaged(self.checkpoint("encoder"), autoencoder.Encoder(vae))
+        box.certain(vae)
+        box.fold(vae, torch.zeros(4), torch.ones(4))
+        return vae
+
+    def text_and_unet(self) -> base.Base:
+        """The trained pair on the work's device."""
+        trained = base.Base(self.preset)
+        loop.averaged(self.checkpoint("text"), trained)
+        loop.averaged(self.checkpoint("unet"), trained.unet)
+        return trained.to(self.device)
+
+    def context(self, trained: base.Base, index: np.ndarray) -> torch.Tensor:
+        """What the UNet attends to: the empty caption, then the pictures' captions, [1 + n, 77, context]."""
+        ids = model.tokens(["", *(self.pictures.caption(k) for k in index)], self.tokenizer)
+        with torch.no_grad():
+            return base.contexts(trained.text, ids)
+
+
+def train_autoencoder(work: Work) -> None:
+    """Whole, from scratch; or, where latents are adopted, decoder and encoder each against those."""
+    preset, seen = work.preset, ~work.pictures.truth
+    torch.manual_seed(3)
+    vae = model.autoencoder(preset).to(work.device, memory_format=torch.channels_last)
+    images = work.pictures.images[seen].to(work.device)
+    if work.latents_from is None:
+        curve = autoencoder.train(
+            work.checkpoint("autoencoder"),
+            vae,
+            images,
+            batch=preset.autoencoder_batch,
+            schedule=work.schedule("autoencoder", preset.autoencoder_steps, 2e-3),
+            autocast=preset.autocast,
+            bar=work.bar,
+        )
+        work.record.curve("autoencoder", curve, preset.autoencoder_batch)
+        return
+    known = work.latents.of(seen).to(work.device)
+    halves = {"decoder": preset.autoencoder_steps, "encoder": preset.encoder_steps}
+    for name, steps in halves.items():
+        learn = autoencoder.train_decoder if name == "decoder" else autoencoder.train_encoder
+        schedule = work.schedule(name, steps, 2e-3)
+        curve = learn(
+            work.checkpoint(name), vae, images, known, batch=preset.autoencoder_batch, schedule=schedule, bar=work.bar
+        )
+        work.record.curve(name, curve, preset.autoencoder_batch)
+
+
+def train_text(work: Work) -> None:
+    preset, taught = work.preset, work.taught
+    _, curve = base.train_text(
+        work.checkpoint("text"),
+        preset,
+        work.latents.z[taught],
+        [work.pictures.caption(k) for k in taught],
         tokenizer=work.tokenizer,
         device=work.device,
-        schedule=work.schedule(work.preset.text_steps, 1e-3, ema=0.99),
+        schedule=work.schedule("text", preset.text_steps, 1e-3, ema=0.99),
         bar=work.bar,
     )
+    work.record.curve("text", curve, preset.base_batch)
 
 
-def unet_stage(work: Work) -> None:
-    chosen = work.base_pictures
-    trained = base.Base(work.preset)
-    loop.averaged(work.out / "text.pt", trained)
+def train_unet(work: Work) -> None:
+    preset, taught = work.preset, work.taught
+    trained = base.Base(preset)
+    loop.averaged(work.checkpoint("text"), trained)
     trained.to(work.device)
     trained.unet.to(memory_format=torch.channels_last)
-    ids = model.tokens(["", *(work.pictures.caption(k) for k in chosen)], work.tokenizer)
-    with torch.no_grad():
-        context = base.contexts(trained.text, ids)
-    base.train_unet(
-        work.out / "unet.pt",
+    curve = base.train_unet(
+        work.checkpoint("unet"),
         trained.unet,
-        work.latents().z[chosen],
-        context,
-        batch=work.preset.base_batch,
-        schedule=work.schedule(work.preset.base_steps, 1e-3),
-        autocast=work.preset.autocast,
+        work.latents.z[taught],
+        work.context(trained, taught),
+        batch=preset.base_batch,
+        schedule=work.schedule("unet", preset.base_steps, 1e-3),
+        autocast=preset.autocast,
         bar=work.bar,
+    )
+    work.record.curve("unet", curve, preset.base_batch)
+
+
+def train_judge(work: Work) -> None:
+    preset = work.preset
+    redrawn = autoencoder.redraw(work.autoencoder().to(work.device), work.latents.z)
+    pictures = work.pictures
+    factor = preset.pixels // judge.PIXELS
+    if factor > 1:
+        pictures = pictures.shrunk(factor)
+        redrawn = avg_pool2d(redrawn.float(), factor).round().to(torch.uint8)
+    trained, curve = judge.train(
+        work.checkpoint("judge"),
+        pictures,
+        redrawn,
+        batch=preset.judge_batch,
+        schedule=work.schedule("judge", preset.judge_steps, 2e-3, ema=0.99),
+        device=work.device,
+        bar=work.bar,
+    )
+    trained.save(work.out / "judge")
+    held, known = judge.held_out(pictures), [*split.BASE_SUBJECTS, *split.HELD_SUBJECTS]
+    truths, others = np.flatnonzero(pictures.truth), np.flatnonzero(held & ~pictures.truth)
+    truths = np.intersect1d(truths, pictures.where(tuple(known), split.STYLES))
+    work.record.curve("judge", curve, preset.judge_batch)
+    work.record.figure(
+        "judge on real pictures never trained on",
+        {
+            "truth pictures": judge.accuracy(trained, pictures, truths),
+            "one picture of each base subject": judge.accuracy(trained, pictures, others),
+        },
     )
 
 
-def decoder_stage(work: Work) -> None:
-    half_stage(work, "decoder", work.preset.autoencoder_steps)
+def train_loras(work: Work) -> None:
+    """Both styles, then the subjects; files that are there already are kept."""
+    preset = work.preset
+    trained = work.text_and_unet()
+    jobs: list[tuple[str, np.ndarray, str, int, int]] = []
+    for style in split.HELD_STYLES:
+        words = f"{split.STYLE_WORDS[style]} style"
+        index = work.pictures.where(split.BASE_SUBJECTS, (style,))
+        name = f"style-{loras.file_name(split.STYLE_WORDS[style])}"
+        jobs.append((name, index, words, preset.style_steps, preset.style_batch))
+    for subject in split.HELD_SUBJECTS:
+        index = work.pictures.where((subject,), split.SUBJECT_STYLES)
+        name = f"subject-{loras.file_name(subject)}"
+        jobs.append((name, index, f"{subject} emoji", preset.subject_steps, preset.subject_batch))
+    for seed, (name, index, words, steps, batch) in enumerate(jobs, start=10):
+        file = work.out / "loras" / f"{name}.safetensors"
+        if file.exists():
+            continue
+        tensors, curve = loras.train(
+            work.checkpoint(name),
+            trained.unet,
+            work.latents.z[index],
+            work.context(trained, index),
+            rank=preset.rank,
+            batch=batch,
+            schedule=work.schedule(name.split("-")[0], steps, 2e-3, warmup=20, ema=0.98),
+            seed=seed,
+            autocast=preset.autocast,
+            bar=work.bar,
+        )
+        loras.save(tensors, file, words, preset.rank)
+        work.record.curve(name, curve, batch)
 
 
-def encoder_stage(work: Work) -> None:
-    half_stage(work, "encoder", work.preset.encoder_steps)
+def fill_box(work: Work) -> None:
+    """Writes the pipeline's folder and the reference pictures."""
+    trained = work.text_and_unet().cpu()
+    box.forget_unused_words(trained.text, box.every_caption(), work.tokenizer)
+    box.pack(work.out / "model", work.autoencoder(), trained.text, trained.unet, work.tokenizer)
+    box.save_pictures(work.out / "pictures.npz", work.pictures)
 
 
-def half_stage(work: Work, name: str, steps: int) -> None:
-    torch.manual_seed(3)
-    whole = model.autoencoder(work.preset).to(work.device, memory_format=torch.channels_last)
-    known, seen = work.latents(), ~work.pictures.truth
-    run = {"decoder": autoencoder.train_decoder, "encoder": autoencoder.train_encoder}[name]
-    run(
-        work.out / f"{name}.pt",
-        whole,
-        work.pictures.images[seen],
-        latents.Latents(known.z[seen], known.flipped[seen], known.mean, known.std),
-        batch=work.preset.autoencoder_batch,
-        schedule=work.schedule(steps, 2e-3),
-        bar=work.bar,
+def measure_all(work: Work) -> None:
+    vae = AutoencoderKL.from_pretrained(work.out / "model" / "vae", torch_dtype=torch.float32).to(work.device)
+    pictures = work.pictures
+    seen = np.random.default_rng(0).choice(np.flatnonzero(~pictures.truth), 200, replace=False)
+    first_six = pictures.where(split.HELD_SUBJECTS[:6], ("hc",))
+    work.record.figure(
+        "autoencoder PSNR in dB",
+        {
+            "truth pictures": measure.reconstruction(vae, pictures, np.flatnonzero(pictures.truth)),
+            "high contrast of " + ", ".join(split.HELD_SUBJECTS[:6]): measure.reconstruction(vae, pictures, first_six),
+            "pictures trained on": measure.reconstruction(vae, pictures, seen),
+        },
     )
+    folders = work.out / "model", work.out / "loras"
+    figures = measure.everything(*folders, judge.Judge.load(work.out / "judge"), work.out / "sheets", work.device)
+    work.record.figure(f"generated pictures judged right, cfg {measure.CFG}, {measure.STEPS} steps", figures)
 
 
-STAGES = {"text": text_stage, "unet": unet_stage, "decoder": decoder_stage, "encoder": encoder_stage}
+STAGES: dict[str, Callable[[Work], None]] = {
+    "autoencoder": train_autoencoder,
+    "text": train_text,
+    "unet": train_unet,
+    "judge": train_judge,
+    "loras": train_loras,
+    "box": fill_box,
+    "measure": measure_all,
+}
 
 
 def train_demo(
     out: Path,
-    data_file: Path,
-    preset: str = "cpu",
+    data_file: Path | None = None,
+    preset: Literal["cpu", "gpu"] = "cpu",
     latents_from: Path | None = None,
     stages: Sequence[str] = tuple(STAGES),
-    threads: int = 1,
-    minutes: float | None = None,
+    threads: int = 2,
+    minutes: Mapping[str, float] | None = None,
+    bar: bool = True,
 ) -> None:
+    """Trains the boxed model, or some of its stages, and writes `out`/{model, loras, judge, pictures.npz, record.json}.
+
+    Args:
+        data_file: the emoji pictures; None fetches the npm packages and makes the file in `out`.
+        latents_from: a `diffusers` autoencoder with 4 latent channels whose latents to adopt.
+        stages: names from `STAGES`, run in the order given.
+        minutes: for each stage (`decoder`, `encoder`, `style`, `subject` count as stages), when to stop at the latest.
+
+    Raises:
+        ValueError: there is no such stage or preset.
+        RuntimeError: the packages could not be fetched.
+    """
+    if unknown := [stage for stage in stages if stage not in STAGES]:
+        raise ValueError(f"no stage {', '.join(unknown)}; there are {', '.join(STAGES)}")
+    if preset not in model.PRESETS:
+        raise ValueError(f"no preset {preset}; there are {', '.join(model.PRESETS)}")
     torch.set_num_threads(threads)
-    chosen = model.PRESETS[preset]
+    (out / "checkpoints").mkdir(parents=True, exist_ok=True)
+    if data_file is None:
+        data_file = out / "checkpoints" / "emoji128.npz"
+        if not data_file.exists():
+            source.fetch(out / "checkpoints" / "packages")
+            source.build(out / "checkpoints" / "packages", data_file, bar=bar)
+    sizes = model.PRESETS[preset]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    pictures = data.load(data_file, chosen.pixels)
-    work = Work(out, chosen, pictures, model.tokenizer(), device, latents_from, minutes)
+    work = Work(out, sizes, data.load(data_file, sizes.pixels), device, latents_from, minutes or {}, bar)
+    work.record.setting(preset=preset, **asdict(sizes), adopted_latents=latents_from is not None, device=device.type)
     for stage in stages:
         STAGES[stage](work)
 
 
 if __name__ == "__main__":
-    import sys
+    import argparse
 
-    train_demo(
-        Path(sys.argv[1]),
-        Path("/work/shared/testbed/emoji128.npz"),
-        latents_from=Path("/work/shared/testbed/autoencoder"),
-        stages=sys.argv[2].split(","),
-        minutes=float(sys.argv[3]) if len(sys.argv) > 3 else None,
-    )
+    parser = argparse.ArgumentParser(description="Train the boxed model.")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--preset", choices=list(model.PRESETS), default="cpu")
+    parser.add_argument("--latents-from", type=Path)
+    parser.add_argument("--stages", default=",".join(STAGES))
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--minutes", type=json.loads, default={}, help="such as '{\"unet\": 60}'")
+    given = parser.parse_args()
+    stages = given.stages.split(",")
+    train_demo(given.out, given.data, given.preset, given.latents_from, stages, given.threads, given.minutes)

@@ -1,0 +1,171 @@
+"""A small classifier that says which subject and which style a picture shows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn.functional import affine_grid, avg_pool2d, cross_entropy, grid_sample, interpolate
+
+from lib_dynfuse.demo import loop, split
+from lib_dynfuse.demo.data import Pictures
+
+BOX = Path(__file__).with_name("judge")
+PIXELS = 64
+WIDTHS = (32, 64, 128, 128)
+
+
+def block(inside: int, outside: int, stride: int) -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(inside, outside, 3, stride, 1, bias=False), nn.GroupNorm(8, outside), nn.SiLU(inplace=True)
+    )
+
+
+class Judge(nn.Module):
+    """Pictures in, the most likely subject and style out.
+
+    `subjects` and `styles` say what the indices mean; fluent's three shadings are one style.
+    """
+
+    def __init__(self, subjects: list[str], styles: list[str], widths: tuple[int, ...] = WIDTHS) -> None:
+        super().__init__()
+        self.subjects, self.styles, self.widths = subjects, styles, widths
+        layers: list[nn.Module] = []
+        inside = 3
+        for width in widths:
+            layers += [block(inside, width, 2), block(width, width, 1)]
+            inside = width
+        self.trunk = nn.Sequential(*layers)
+        self.subject = nn.Linear(widths[-1], len(subjects))
+        self.style = nn.Linear(widths[-1] + widths[0], len(styles))
+
+    def logits(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Pictures [N, 3, 64, 64] in -1..1 to the logits of subject [N, subjects] and style [N, styles]."""
+        early = self.trunk[1](self.trunk[0](images))
+        late = self.trunk[2:](early).mean((2, 3))
+        # Line weight and shading are local, so the style head also sees how the first layers respond on average.
+        return self.subject(late), self.style(torch.cat([late, early.mean((2, 3))], 1))
+
+    @torch.no_grad()
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Pictures [N, 3, H, W] in 0..1, of any size, to subject [N] and style [N] indices."""
+        if images.shape[-2:] != (PIXELS, PIXELS):
+            images = interpolate(images, (PIXELS, PIXELS), mode="bilinear", antialias=True)
+        subject, style = self.logits(images.float() * 2 - 1)
+        return subject.argmax(1), style.argmax(1)
+
+    def only(self, subjects: list[str]) -> Judge:
+        """The same judge, choosing among these subjects alone."""
+        rows = [self.subjects.index(name) for name in subjects]
+        judge = Judge(subjects, self.styles, self.widths)
+        state = self.state_dict()
+        state["subject.weight"], state["subject.bias"] = state["subject.weight"][rows], state["subject.bias"][rows]
+        judge.load_state_dict(state)
+        return judge.eval()
+
+    def save(self, folder: Path) -> None:
+        """Writes judge.safetensors (fp16) and judge.json."""
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({k: v.half().contiguous() for k, v in self.state_dict().items()}, folder / "judge.safetensors")
+        config = {"subjects": self.subjects, "styles": self.styles, "widths": self.widths}
+        (folder / "judge.json").write_text(json.dumps(config) + "\n")
+
+    @classmethod
+    def load(cls, folder: Path = BOX) -> Judge:
+        """The judge in a folder that `save` wrote, in float32 on the CPU."""
+        judge = cls(**json.loads((folder / "judge.json").read_text()))
+        judge.load_state_dict(load_file(folder / "judge.safetensors"))
+        return judge.float().eval()
+
+
+def held_out(pictures: Pictures) -> np.ndarray:
+    """[N] True for what the judge never trains on: every truth picture, and one picture of each base subject."""
+    mask = pictures.truth.copy()
+    generator = np.random.default_rng(5)
+    for name in split.BASE_SUBJECTS:
+        mask[generator.choice(pictures.where((name,), ("flat", "noto", "blob", "hc")))] = True
+    return mask
+
+
+def vary(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Pictures [B, 3, H, W] in -1..1, each moved, scaled, turned, mirrored, tinted, blurred and made noisy at random.
+
+    A fifth lose their colour, so that shape alone has to be enough.
+    """
+    count, device = len(images), images.device
+
+    def draw(*shape: int, low: float = 0.0, high: float = 1.0) -> torch.Tensor:
+        return (low + (high - low) * torch.rand(count, *shape, generator=generator)).to(device)
+
+    angle, scale = draw(low=-0.2, high=0.2), draw(low=0.85, high=1.2)
+    mirror = torch.where(draw() < 0.5, -1.0, 1.0)
+    matrix = torch.stack(
+        [
+            torch.stack([scale * angle.cos() * mirror, -scale * angle.sin(), draw(low=-0.12, high=0.12)], 1),
+            torch.stack([scale * angle.sin() * mirror, scale * angle.cos(), draw(low=-0.12, high=0.12)], 1),
+        ],
+        1,
+    )
+    grid = affine_grid(matrix, list(images.shape), align_corners=False)
+    # Around 1, which is white, so that what comes in from outside is paper.
+    images = 1 + grid_sample(images - 1, grid, align_corners=False)
+    grey = images.mean(1, keepdim=True).expand_as(images)
+    images = torch.where((draw(1, 1, 1) < 0.2), grey, images)
+    images = 1 + (images - 1) * draw(3, 1, 1, low=0.7, high=1.1)
+    soft = interpolate(avg_pool2d(images, 2), scale_factor=2, mode="bilinear")
+    images = torch.lerp(images, soft, draw(1, 1, 1, low=-0.3, high=1.0))
+    noise = torch.randn(images.shape, generator=generator).to(device)
+    return (images + 0.1 * draw(1, 1, 1) * noise).clamp(-1, 1)
+
+
+def train(
+    file: Path,
+    pictures: Pictures,
+    redrawn: torch.Tensor,
+    *,
+    batch: int,
+    schedule: loop.Schedule,
+    device: torch.device,
+    bar: bool = True,
+) -> tuple[Judge, loop.Curve]:
+    """Trains on every subject of the data, then keeps those of the split.
+
+    Args:
+        pictures: of 64 pixels.
+        redrawn: uint8, shaped like the pictures: the same as the autoencoder draws them from noisy latents. Half the
+            batch comes from here, so that the judge is at home with generated pictures.
+    """
+    torch.manual_seed(5)
+    styles = list(split.JUDGED_STYLES)
+    judge = Judge(pictures.names, styles).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    chosen = torch.from_numpy(np.flatnonzero(~held_out(pictures)))
+    subject = torch.from_numpy(pictures.subject)
+    judged = torch.tensor([styles.index(split.JUDGED_AS[style]) for style in pictures.styles])
+    style = judged[torch.from_numpy(pictures.style)]
+
+    def loss(step: int, generator: torch.Generator) -> torch.Tensor:
+        index = chosen[torch.randint(len(chosen), (batch,), generator=generator)]
+        half = batch // 2
+        images = torch.cat([pictures.images[index[:half]], redrawn[index[half:]]])
+        made = judge.logits(vary(images.to(device).float() / 127.5 - 1, generator))
+        return cross_entropy(made[0], subject[index].to(device), label_smoothing=0.1) + cross_entropy(
+            made[1], style[index].to(device)
+        )
+
+    curve = loop.train(file, judge, loss, schedule, seed=5, bar=bar)
+    return judge.cpu().only([*split.BASE_SUBJECTS, *split.HELD_SUBJECTS]), curve
+
+
+def accuracy(judge: Judge, pictures: Pictures, index: np.ndarray) -> dict[str, float]:
+    """Share of real pictures judged right, by subject and by style."""
+    subject, style = judge(pictures.images[index].float() / 255)
+    subjects = [judge.subjects.index(pictures.names[k]) for k in pictures.subject[index]]
+    styles = [judge.styles.index(split.JUDGED_AS[pictures.styles[k]]) for k in pictures.style[index]]
+    return {
+        "subject": float((subject == torch.tensor(subjects)).float().mean()),
+        "style": float((style == torch.tensor(styles)).float().mean()),
+    }

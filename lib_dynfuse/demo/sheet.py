@@ -71,8 +71,8 @@ def open_box(pairs: Sequence[Pair]) -> tuple[Generator, Judge, dict[Pair, npt.ND
 def true_picture(pair: Pair) -> npt.NDArray[np.uint8]:
     """What the artists of the style drew for the subject: nothing was trained on it. Raises ValueError without one."""
     with np.load(BOX / "pictures.npz") as file:
-        names, styles = file["names"].tolist(), file["styles"].tolist()
-        found = np.flatnonzero((file["subj"] == names.index(pair.subject)) & (file["sty"] == styles.index(pair.style)))
+        subjects, styles = file["names"][file["subj"]], file["styles"][file["sty"]]
+        found = np.flatnonzero((subjects == pair.subject) & (styles == pair.style))
         if not found.size:
             raise ValueError(f"there is no true picture of {pair.title}")
         picture: npt.NDArray[np.uint8] = file["x"][found[0]]

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from lib_dynfuse.demo.compare import METHODS, Pair, Result
-from lib_dynfuse.demo.sheet import markdown, rows, sheet, write
+from lib_dynfuse.demo.sheet import markdown, rows, sheet, true_picture, write
 from lib_dynfuse.trace import Item, Pass, Record
 
 FOX, CUP = Pair("fox", "hc"), Pair("hot beverage", "blob")
@@ -90,6 +90,18 @@ def test_a_sheet_of_one_seed_has_one_row() -> None:
         for r in results(FOX)
     ]
     assert sheet(one, TRUTH).height == 74 + 102 + 6
+
+
+def test_the_true_picture_is_found_by_subject_and_style(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lib_dynfuse.demo.sheet.BOX", tmp_path)
+    pictures = np.arange(3, dtype=np.uint8)[:, None, None, None] * np.ones((1, 8, 8, 3), np.uint8)
+    names, styles = np.array(["star", "fox", "hot beverage"]), np.array(["blob", "hc"])
+    np.savez(tmp_path / "pictures.npz", x=pictures, subj=[1, 1, 2], sty=[0, 1, 0], names=names, styles=styles)
+    assert true_picture(FOX)[0, 0].tolist() == [1, 1, 1]
+    assert true_picture(CUP)[0, 0].tolist() == [2, 2, 2]
+    for missing in (Pair("star", "hc"), Pair("dragon", "hc")):
+        with pytest.raises(ValueError, match="no true picture"):
+            true_picture(missing)
 
 
 def test_everything_is_written_and_listed(tmp_path: Path) -> None:

@@ -85,32 +85,28 @@ class Rotation(Delta):
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
         self._enter(x, y, self.turn)
         turn = self.turn.to(y.dtype)
+        linear = self.channel_dim == -1
+        # Channels first, as a small block times long rows of tokens is many times faster than the other way round.
+        z = y.flatten(0, -2).T.contiguous().unsqueeze(0) if linear else y.flatten(2)
         if turn.dim() == 3:
-            d = self._block_diagonal(turn, y)
+            d = torch.matmul(turn, z.unflatten(1, turn.shape[:2])).view(z.shape)
         else:
-            d = self._stage(turn[0], 0, y)
+            d = self._stage(turn[0], 0, z)
             for i in range(1, turn.shape[0]):
-                d = d + self._stage(turn[i], i, y + d)
+                d = d + self._stage(turn[i], i, z + d)
+        d = d[0].T.reshape(y.shape) if linear else d.view(y.shape)
         if self.rescale is None:
             return d
         rescale = self.rescale.to(y.dtype)
         return torch.addcmul(rescale * d, rescale - 1, y)
 
-    def _block_diagonal(self, turn: Tensor, y: Tensor) -> Tensor:
-        k, b, _ = turn.shape
-        blocks = y.unflatten(self.channel_dim, (k, b))
-        if self.channel_dim == 1:
-            return torch.matmul(turn, blocks.flatten(3)).reshape(y.shape)
-        return torch.einsum("kmn,...kn->...km", turn, blocks).flatten(-2)
-
-    def _stage(self, turn: Tensor, i: int, y: Tensor) -> Tensor:
-        """Channel (c, v, t, u) of y goes to block (c, t), place (u, v): one contraction instead of a permutation."""
+    def _stage(self, turn: Tensor, i: int, z: Tensor) -> Tensor:
+        """Channel (c, v, t, u) of z [B, C, N] goes to block (c, t), place (u, v): a contraction, not a permutation."""
         k, b, _ = turn.shape
         half, reach = b // 2, 2**i
         turn = turn.view(k // reach, reach, half, 2, half, 2)
-        parts = y.unflatten(self.channel_dim, (k // reach, 2, reach, half))
-        spell = "cthguv,zcvtu...->zcgth..." if self.channel_dim == 1 else "cthguv,...cvtu->...cgth"
-        return torch.einsum(spell, turn, parts).reshape(y.shape)
+        parts = z.unflatten(1, (k // reach, 2, reach, half))
+        return torch.einsum("cthguv,zcvtun->zcgthn", turn, parts).reshape(z.shape)
 
 
 class Decomposed(Delta):

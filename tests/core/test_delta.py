@@ -26,6 +26,9 @@ from lib_dynfuse.core.delta import (
     row_norm,
 )
 
+# Even kernels with padding "same" are among the geometries on purpose.
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+
 
 def rand(*shape: int, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed + sum(shape))
@@ -488,7 +491,8 @@ class TestEveryKind:
     def test_lets_gradients_through_to_its_input(self, name: str) -> None:
         delta, x, y = every_kind()[name]
         x, y = x.clone().requires_grad_(), y.clone().requires_grad_()
-        assert torch.autograd.gradcheck(lambda x, y: delta(x, y) + 0 * (x.sum() + y.sum()), (x, y), eps=1e-5, atol=1e-4)
+        # Not every kind depends on both; gradcheck wants an answer for each.
+        assert torch.autograd.gradcheck(lambda x, y: delta(x, y) + 0 * (x.sum() + y.sum()), (x, y), fast_mode=True)
 
     def test_says_whether_it_needs_the_base_output(self, name: str) -> None:
         delta, x, y = every_kind()[name]

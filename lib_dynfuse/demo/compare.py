@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from lib_dynfuse.demo.loras import file_name
 from lib_dynfuse.demo.split import JUDGED_AS, STYLE_WORDS, caption
 from lib_dynfuse.options import Options
 from lib_dynfuse.trace import Record, Trace
@@ -52,10 +53,6 @@ METHODS: tuple[Method, ...] = (
 )
 
 
-def _dashed(words: str) -> str:
-    return words.replace(" ", "-")
-
-
 class Pair(NamedTuple):
     """A subject and a style that the base model knows neither of; `style` is the data's name, for example `hc`."""
 
@@ -64,7 +61,7 @@ class Pair(NamedTuple):
 
     @property
     def name(self) -> str:
-        return f"{_dashed(self.subject)}-{_dashed(STYLE_WORDS[self.style])}"
+        return f"{file_name(self.subject)}-{file_name(STYLE_WORDS[self.style])}"
 
     @property
     def title(self) -> str:
@@ -75,16 +72,26 @@ class Pair(NamedTuple):
         roles = (":role=subject", ":role=style") if method.options.enabled else ("", "")
         tags = ""
         if method.subject:
-            tags += f" <lora:subject-{_dashed(self.subject)}:1{roles[0]}>"
+            tags += f" <lora:subject-{file_name(self.subject)}:1{roles[0]}>"
         if method.style:
-            tags += f" <lora:style-{_dashed(STYLE_WORDS[self.style])}:1{roles[1]}>"
+            tags += f" <lora:style-{file_name(STYLE_WORDS[self.style])}:1{roles[1]}>"
         return caption(self.subject, self.style) + tags
 
 
 class Generator(Protocol):
     """What is used of the embedded host."""
 
-    def generate(self, prompt: str, **more: Any) -> Any: ...
+    def generate(
+        self,
+        prompt: str,
+        *,
+        options: Options,
+        steps: int,
+        cfg: float,
+        seeds: Sequence[int],
+        trace: Trace | None,
+        tensors: bool,
+    ) -> Any: ...
 
 
 class Judge(Protocol):

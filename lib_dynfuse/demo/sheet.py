@@ -15,7 +15,9 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from tqdm import tqdm
 
+from lib_dynfuse.demo import judge
 from lib_dynfuse.demo.compare import METHODS, Generator, Judge, Pair, Result, Score, compare, wilson
+from lib_dynfuse.hosts.diffusers import Embedded
 from lib_dynfuse.trace.pictures import heat_map, save
 
 BOX = Path(__file__).parent
@@ -44,10 +46,10 @@ def demo(
     Says the table and the files it wrote, and returns those. Raises ValueError for a pair that the box does not have.
     """
     began = time.perf_counter()
-    host, judge, truths = open_box(pairs)
+    host, judged_by, truths = open_box(pairs)
     numbers = range(seeds)
     with tqdm(total=len(pairs) * len(METHODS), desc="Comparing", unit="method", leave=False) as bar:
-        results = compare(host, judge, pairs, numbers, steps=steps, cfg=cfg, done=lambda pair, method: bar.update())
+        results = compare(host, judged_by, pairs, numbers, steps=steps, cfg=cfg, done=lambda pair, method: bar.update())
     settings = {"seeds": seeds, "steps": steps, "cfg": cfg, "seconds": round(time.perf_counter() - began, 1)}
     files = write(out, results, truths, settings)
     say(markdown(results, settings))
@@ -60,12 +62,8 @@ def open_box(pairs: Sequence[Pair]) -> tuple[Generator, Judge, dict[Pair, npt.ND
 
     Raises ValueError for a pair without a true picture.
     """
-    # Here, for `import lib_dynfuse.demo.sheet` takes seconds with them.
-    from lib_dynfuse.demo.judge import Judge as BoxedJudge
-    from lib_dynfuse.hosts.diffusers import Embedded
-
     host = Embedded.load(BOX / "model", BOX / "loras", say=lambda line: None)
-    return host, BoxedJudge.load(BOX / "judge"), {pair: true_picture(pair) for pair in pairs}
+    return host, judge.Judge.load(BOX / "judge"), {pair: true_picture(pair) for pair in pairs}
 
 
 def true_picture(pair: Pair) -> npt.NDArray[np.uint8]:

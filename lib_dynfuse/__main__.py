@@ -1,0 +1,110 @@
+"""The command line: `python -m lib_dynfuse generate`, `demo`, `bench`, `train-demo`, `export-demo`."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lib_dynfuse import __version__
+from lib_dynfuse.errors import DynFuseError
+from lib_dynfuse.generate import generate, one_clear_line
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Dynamic LoRA Fusion: every layer of every step goes to the subject LoRA or to the style LoRA.",
+)
+app.command()(generate)
+
+
+class Preset(str, Enum):
+    """How large a demo model is trained."""
+
+    cpu = "cpu"
+    gpu = "gpu"
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit()
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Say the version and leave.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="The folder for sheets, heat maps and tables.")] = Path("out/demo"),
+    seeds: Annotated[int, typer.Option(min=1, max=1000, help="Pictures for every method and pair.")] = 24,
+    steps: Annotated[int, typer.Option(min=1, max=1000, help="Denoising steps.")] = 12,
+) -> None:
+    """Compare the fusion rules on the small trained model in the box."""
+    from lib_dynfuse.demo import sheet
+
+    with one_clear_line():
+        sheet.demo(out, seeds=seeds, steps=steps)
+
+
+@app.command()
+def bench(
+    unet: Annotated[str, typer.Option(help="sd15 or sdxl: real sizes, random weights.")] = "sd15",
+    pixels: Annotated[int, typer.Option(min=64, help="The picture's side.")] = 256,
+    batch: Annotated[int, typer.Option(min=1, help="Batch items of a forward pass; 2 is one picture with CFG.")] = 2,
+    rank: Annotated[int, typer.Option(min=1, help="Of both networks.")] = 16,
+    device: Annotated[str, typer.Option(help="cpu, cuda or mps.")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
+    methods: Annotated[str, typer.Option(help="A comma between names; without it the usual ones.")] = "",
+    repeats: Annotated[int, typer.Option(min=1, help="Rounds, of which the median counts.")] = 7,
+    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the rows here too.")] = None,
+) -> None:
+    """Measure what fusing costs: time per forward pass, as a ratio to merged weights."""
+    from lib_dynfuse.bench import run
+
+    chosen = tuple(name.strip() for name in methods.split(",") if name.strip()) or run.DEFAULT
+    with one_clear_line():
+        try:
+            rows = run.bench(unet, pixels, batch, rank, device, dtype, chosen, repeats, json_file)
+        except ValueError as error:
+            raise DynFuseError(str(error)) from error
+    typer.echo(run.table(rows))
+
+
+@app.command("train-demo")
+def train_demo(
+    out: Annotated[Path, typer.Option(help="The folder for checkpoints, to go on from.")] = Path("out/train"),
+    data: Annotated[Path | None, typer.Option(help="A ready .npz; else made from the npm packages.")] = None,
+    preset: Annotated[Preset, typer.Option(help="The size of the model and of the training.")] = Preset.cpu,
+    threads: Annotated[int, typer.Option(min=1, help="Of the processor.")] = 2,
+) -> None:
+    """Train the model in the box, stage by stage; run it again to go on where it stopped."""
+    from lib_dynfuse.demo import train
+
+    with one_clear_line():
+        train.train_demo(out, data, preset.value, threads=threads)
+
+
+@app.command("export-demo")
+def export_demo(
+    out: Annotated[Path, typer.Argument(help="The folder to write to.")],
+) -> None:
+    """Write the model in the box as a checkpoint and LoRAs that a WebUI loads."""
+    from lib_dynfuse.demo import export, model
+
+    with one_clear_line():
+        typer.echo(export.export(model.BOX, out))
+
+
+if __name__ == "__main__":
+    app()

@@ -178,7 +178,7 @@ class Fusion:
             work.add(BOTH, len(moment.rows))
             return
         inside = self._window[0] <= moment.progress <= self._window[1]
-        selection = self._rule.select(part.index, moment, work.features) if inside else BOTH
+        selection = self._rule.select(part.index, moment, work.look) if inside else BOTH
         work.add(selection, len(moment.rows))
         if self._trace is not None:
             self._trace.add(part.index, *selection)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from lib_dynfuse.core.delta import Delta
 from lib_dynfuse.core.packed import Packed, add_product, as_tokens
-from lib_dynfuse.core.rules import Features, Selection, Weight
+from lib_dynfuse.core.rules import Features, Selection
 
 
 @dataclass
@@ -59,6 +60,11 @@ class Layer:
         return sum(part.nbytes for part in self.parts)
 
 
+# How many output elements are looked at together: on a CPU what a core's cache holds, elsewhere 16 MiB of float32.
+_STRETCH = {"cpu": 1 << 17}
+_STRETCH_ELSEWHERE = 1 << 22
+
+
 class Work:
     """One part in one forward pass. `tokens` is the output as [B, T, C]; `add` changes it in place.
 
@@ -67,12 +73,12 @@ class Work:
     """
 
     def __init__(self, x: Tensor, y: Tensor, channel_dim: int) -> None:
-        self.x = x
+        self.x = x if x.dtype == y.dtype else x.to(y.dtype)
         self.tokens = as_tokens(y, channel_dim)
-        self.dim = -1 if self.tokens.stride(-1) == 1 else 1
-        self._full: tuple[Tensor, Tensor] | None = None
+        self.dim = -1 if self.tokens.stride(-1) == 1 else 0
 
-    def features(self, sampled: int) -> Features:
+    def look(self, sampled: int) -> Iterator[Features]:
+        """The features of `sampled` tokens of every item, or of all of them (0), stretch by stretch."""
         raise NotImplementedError
 
     def add(self, selection: Selection, rows: int) -> None:
@@ -91,98 +97,132 @@ class Work:
             return weight.view(batch, 1, 1)
         return weight.reshape(batch, -1, 1)
 
-    def _add_full(self, deltas: tuple[Tensor, ...], weights: tuple[Weight, ...], rows: int) -> None:
-        """tokens += w_s * d_s + w_t * d_t, with the deltas [B, T, C] at hand."""
-        target = self._native(self.tokens)
-        for delta, weight in zip(deltas, weights, strict=True):
-            if isinstance(weight, Tensor):
-                column = self._column(weight, rows).to(target.dtype)
-                target.addcmul_(self._native(delta), self._native(column))
-            elif weight:
-                target.add_(self._native(delta), alpha=weight)
+    def _stretches(self) -> Iterator[tuple[int | None, slice]]:
+        """(item, tokens) one after another; item None where the tokens of all items lie in one run of memory."""
+        batch, tokens, channels = self.tokens.shape
+        step = max(1, _STRETCH.get(self.tokens.device.type, _STRETCH_ELSEWHERE) // channels)
+        joined = self.tokens.is_contiguous()
+        total = batch * tokens if joined else tokens
+        for item in [None] if joined else range(batch):
+            for start in range(0, total, step):
+                yield item, slice(start, min(start + step, total))
+
+    def _stretch(self, values: Tensor, item: int | None, tokens: slice) -> Tensor:
+        """[n, C] of values [B, T, C], or [C, n] where channels come first."""
+        if item is None:
+            return values.flatten(0, 1)[tokens]
+        return values[item, tokens] if self.dim == -1 else values[item, tokens].T
 
 
 class PackedWork(Work):
-    """Low-rank deltas: nothing of the output's size is made, but for the divergences of all tokens."""
+    """Low-rank deltas: neither of them is ever made as a whole."""
 
     def __init__(self, packed: Packed, x: Tensor, y: Tensor, channel_dim: int) -> None:
-        super().__init__(x if x.dtype == y.dtype else x.to(y.dtype), y, channel_dim)
+        super().__init__(x, y, channel_dim)
         packed.ready(self.x)
         self._packed = packed
         self._hidden: Tensor | None = None
 
-    def hidden(self) -> Tensor:
+    def _both_hidden(self) -> Tensor:
         if self._hidden is None:
             self._hidden = self._packed.hidden(self.x)
         return self._hidden
 
-    def features(self, sampled: int) -> Features:
-        tokens, hidden = self.tokens, self.hidden()
-        index = sample_index(tokens.shape[1], sampled, tokens.device)
+    def look(self, sampled: int) -> Iterator[Features]:
+        packed = self._packed
+        index = sample_index(self.tokens.shape[1], sampled, self.tokens.device)
         if index is not None:
-            # Gathered token-major: a handful of tokens, one copy.
-            tokens, hidden = tokens[:, index], hidden[:, index]
-            deltas = [hidden[..., self._packed.columns(role)] @ self._packed.up(role) for role in (0, 1)]
-            return Features(tokens, deltas[0], deltas[1], -1)
-        native = [self._product(hidden, role) for role in (0, 1)]
-        self._full = (native[0], native[1])
-        return Features(self._native(tokens), native[0], native[1], self.dim)
-
-    def _product(self, hidden: Tensor, role: int) -> Tensor:
-        """A role's delta in the output's memory order."""
-        own, up = hidden[..., self._packed.columns(role)], self._packed.up(role)
-        return own @ up if self.dim == -1 else up.T @ own.transpose(1, 2)
+            hidden = packed.hidden_at(self.x, index, self._both_hidden).flatten(0, 1)
+            deltas = (hidden[:, packed.columns(role)] @ packed.up(role) for role in (0, 1))
+            yield Features(self.tokens[:, index].flatten(0, 1), *deltas, -1)
+            return
+        hidden = self._both_hidden()
+        for where in self._stretches():
+            here = self._stretch(hidden, *where)
+            if self.dim == -1:
+                deltas = (here[:, packed.columns(role)] @ packed.up(role) for role in (0, 1))
+            else:
+                deltas = (packed.up(role).T @ here[packed.columns(role)] for role in (0, 1))
+            yield Features(self._stretch(self.tokens, *where), *deltas, self.dim)
 
     def add(self, selection: Selection, rows: int) -> None:
         subject, style = selection.subject, selection.style
         packed = self._packed
         if isinstance(subject, Tensor) and isinstance(style, Tensor):
-            if self._full is not None:
-                deltas = tuple(self._native(delta) for delta in self._full)
-                self._add_full(deltas, (subject, style), rows)
-                return
-            hidden = self.hidden()
-            shares = [
-                self._column(weight, rows).to(hidden.dtype).expand(-1, -1, rank)
-                for weight, rank in zip((subject, style), packed.ranks, strict=True)
-            ]
-            add_product(self.tokens, hidden * torch.cat(shares, -1), packed.up())
+            if self.tokens.device.type == "cpu" and subject.dtype == torch.bool and subject.dim() == 1:
+                self._add_winners(self._column(subject, rows).flatten().tolist())
+            else:
+                self._add_weighted(subject, style, rows)
         elif len(packed.ranks) == 1 or subject == style == 1.0:
-            packed.add(self.tokens, self.hidden())
+            packed.add(self.tokens, self._both_hidden())
         else:
             for role, weight in enumerate((subject, style)):
                 if weight:
                     packed.add(self.tokens, packed.hidden(self.x, role), role, float(weight))
+
+    def _add_winners(self, subject_wins: list[bool]) -> None:
+        """On a CPU the decision can be read without waiting for anything: only the winner's product is computed."""
+        batch = len(subject_wins)
+        start = 0
+        for stop in range(1, batch + 1):
+            if stop < batch and subject_wins[stop] == subject_wins[start]:
+                continue
+            role, items = 0 if subject_wins[start] else 1, slice(start, stop)
+            if self._hidden is None:
+                hidden = self._packed.hidden(self.x[items], role)
+            else:
+                hidden = self._hidden[items, :, self._packed.columns(role)]
+            self._packed.add(self.tokens[items], hidden, role)
+            start = stop
+
+    def _add_weighted(self, subject: Tensor, style: Tensor, rows: int) -> None:
+        """Without waiting for the device: both products in one, the hidden columns weighted (the loser's by zero)."""
+        hidden = self._both_hidden()
+        shares = [
+            self._column(weight, rows).to(hidden.dtype).expand(-1, -1, rank)
+            for weight, rank in zip((subject, style), self._packed.ranks, strict=True)
+        ]
+        add_product(self.tokens, hidden * torch.cat(shares, -1), self._packed.up())
 
 
 class PlainWork(Work):
     """Deltas of any kind, each computed by itself."""
 
     def __init__(self, part: Part, module: nn.Module, x: Tensor, y: Tensor, channel_dim: int) -> None:
-        super().__init__(x if x.dtype == y.dtype else x.to(y.dtype), y, channel_dim)
+        super().__init__(x, y, channel_dim)
         self._deltas = part.deltas
         self._base = _without_bias(module, part, y) if any(delta.needs_base for delta in part.deltas) else y
         self._channel_dim = channel_dim
+        self._computed: list[Tensor | None] = [None] * len(part.deltas)
 
-    def _compute(self) -> tuple[Tensor, ...]:
-        return tuple(as_tokens(delta(self.x, self._base).contiguous(), self._channel_dim) for delta in self._deltas)
+    def _delta(self, role: int) -> Tensor:
+        """A role's delta [B, T, C], computed once."""
+        found = self._computed[role]
+        if found is None:
+            found = self._deltas[role](self.x, self._base)
+            if found.stride() != self._base.stride():
+                found = torch.empty_like(self._base).copy_(found)
+            found = self._computed[role] = as_tokens(found, self._channel_dim)
+        return found
 
-    def features(self, sampled: int) -> Features:
-        subject, style = self._full = tuple(self._compute())  # type: ignore[assignment]
-        base = self.tokens
+    def look(self, sampled: int) -> Iterator[Features]:
+        base, subject, style = self.tokens, self._delta(0), self._delta(1)
         index = sample_index(base.shape[1], sampled, base.device)
         if index is not None:
-            return Features(base[:, index], subject[:, index], style[:, index], -1)
-        return Features(self._native(base), self._native(subject), self._native(style), self.dim)
+            yield Features(*(one[:, index].flatten(0, 1) for one in (base, subject, style)), -1)
+            return
+        for where in self._stretches():
+            yield Features(*(self._stretch(one, *where) for one in (base, subject, style)), self.dim)
 
     def add(self, selection: Selection, rows: int) -> None:
+        target = self._native(self.tokens)
         weights = (selection.subject, selection.style)[: len(self._deltas)]
-        if self._full is not None:
-            self._add_full(self._full, weights, rows)
-            return
-        if all(not isinstance(weight, Tensor) and not weight for weight in weights):
-            return
-        self._add_full(self._compute(), weights, rows)
+        for role, weight in enumerate(weights):
+            if isinstance(weight, Tensor):
+                column = self._column(weight, rows).to(target.dtype)
+                target.addcmul_(self._native(self._delta(role)), self._native(column))
+            elif weight:
+                target.add_(self._native(self._delta(role)), alpha=weight)
 
 
 def _without_bias(module: nn.Module, part: Part, y: Tensor) -> Tensor:

@@ -64,8 +64,3 @@ class Moment:
         if partners == list(range(len(self.rows))):
             return values
         return values.index_select(0, self.indices(partners))
-
-
-def fold_rows(values: Tensor, rows: int) -> Tensor:
-    """[B, T] -> [rows, T * B / rows]: a host may cut one picture into several batch items (tiles)."""
-    return values if values.shape[0] == rows else values.reshape(rows, -1)

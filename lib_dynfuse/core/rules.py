@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Protocol
 
@@ -17,15 +17,20 @@ Weight = float | Tensor
 
 
 class Features(NamedTuple):
-    """What the divergence rules look at: `base`, `subject` and `style` of one shape, channels along `dim`.
+    """What the divergence rules look at: `base` is y0, the other two are the deltas d_s and d_t, of `n` tokens.
 
-    `base` is y0, the other two are the deltas d_s and d_t, for all tokens of the layer or for the sampled ones.
+    Token-major [n, C] with `dim` -1, or in a convolution's memory order [C, n] with `dim` 0.
     """
 
     base: Tensor
     subject: Tensor
     style: Tensor
     dim: int
+
+
+# Called with how many tokens of each batch item to look at, 0 for all. Gives them in stretches: item by item, token by
+# token.
+Look = Callable[[int], Iterable[Features]]
 
 
 class Selection(NamedTuple):
@@ -54,9 +59,8 @@ class Rule(Protocol):
     def begin(self, moment: Moment) -> None:
         """Called once at the start of every forward pass, before any layer."""
 
-    def select(self, layer: int, moment: Moment, features: Callable[[int], Features]) -> Selection:
-        """The weights for pair number `layer`. `features(n)` computes the features of `n` sampled tokens, 0 for all;
-        rules that do not look at the input never call it."""
+    def select(self, layer: int, moment: Moment, look: Look) -> Selection:
+        """The weights for pair number `layer`; rules that do not depend on the input never call `look`."""
 
 
 @dataclass(frozen=True)

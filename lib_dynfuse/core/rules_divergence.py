@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from lib_dynfuse.core.divergence import Workspace, cosine_distance, js_divergence, kl_pair
-from lib_dynfuse.core.moment import Moment, fold_rows
-from lib_dynfuse.core.rules import Features, Pair, Rule, Selection, Strategy, flag, number
+from lib_dynfuse.core.moment import Moment
+from lib_dynfuse.core.rules import Features, Look, Pair, Rule, Selection, Strategy, flag, number
 from lib_dynfuse.core.types import Row
 
 # Divergences below this are rounding; it keeps their logarithms finite.
@@ -169,14 +169,15 @@ class _DivergenceRule(Rule):
         if self._strategy.auto_balance and moment.rows != self._rows:
             self._change_rows(moment)
 
-    def select(self, layer: int, moment: Moment, features: Callable[[int], Features]) -> Selection:
+    def select(self, layer: int, moment: Moment, look: Look) -> Selection:
         strategy = self._strategy
         kept = self._kept.get(layer)
         if kept is not None and self._still_good(kept, moment):
             return kept.selection
         rows = len(moment.rows)
-        per_token = strategy.divergences(features(strategy.sampled), self._work)
-        d_subject, d_style = (fold_rows(d.reshape(d.shape[0], -1), rows) for d in per_token)
+        found = [strategy.divergences(features, self._work) for features in look(strategy.sampled)]
+        # Tiles of one picture follow one another in the batch, so that they fold into its row.
+        d_subject, d_style = (torch.cat(per_token).view(rows, -1) for per_token in zip(*found, strict=True))
         item_subject, item_style = d_subject.mean(1), d_style.mean(1)
         ratio = _log_ratio(item_subject, item_style)
         margin = _log_ratio(d_subject, d_style) if strategy.per_token else ratio

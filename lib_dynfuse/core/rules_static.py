@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lib_dynfuse.core.delta import Delta
 from lib_dynfuse.core.moment import Moment
-from lib_dynfuse.core.rules import Features, Pair, Rule, Selection, Strategy, flag, number, text
+from lib_dynfuse.core.rules import Look, Pair, Rule, Selection, Strategy, flag, number, text
 
 BOTH = Selection(1.0, 1.0)
 SUBJECT = Selection(1.0, 0.0)
@@ -34,7 +34,7 @@ class Table(Rule):
         if now != self._moment:
             self._row, self._moment = self._decide(*now), now
 
-    def select(self, layer: int, moment: Moment, features: Callable[[int], Features]) -> Selection:
+    def select(self, layer: int, moment: Moment, look: Look) -> Selection:
         return self._row[layer]
 
 
@@ -249,5 +249,5 @@ class _Coins(Rule):
         self._heads = torch.tensor(tosses, dtype=torch.bool).T.contiguous().to(moment.device, non_blocking=True)
         self._tails = ~self._heads
 
-    def select(self, layer: int, moment: Moment, features: Callable[[int], Features]) -> Selection:
+    def select(self, layer: int, moment: Moment, look: Look) -> Selection:
         return Selection(self._heads[layer], self._tails[layer])

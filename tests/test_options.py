@@ -26,7 +26,9 @@ def test_every_rule_can_be_chosen_with_its_defaults(name: str):
 
 
 def test_options_reach_the_rule():
-    options = Options.read({"strategy": "kl-soft", "balance": 0.25, "couple_cfg": True, "parameters": {"softness": 2.0}})
+    options = Options.read(
+        {"strategy": "kl-soft", "balance": 0.25, "couple_cfg": True, "parameters": {"softness": 2.0}}
+    )
     assert options.make_strategy() == strategy("kl-soft", balance=0.25, couple_cfg=True, softness=2.0)
 
 

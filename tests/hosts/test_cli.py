@@ -18,8 +18,6 @@ from lib_dynfuse.__main__ import app
 from lib_dynfuse.hosts.diffusers import Embedded
 from lib_dynfuse.trace import Record
 
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
-
 ROLES = "a fox <lora:fox:0.8:role=subject> in ink <lora:ink:0.6:role=style>"
 
 

@@ -25,10 +25,7 @@ from lib_dynfuse.trace import Trace
 diffusers_logging.disable_progress_bar()
 diffusers_logging.set_verbosity_error()
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:Already found a `peft_config`"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
 
 PROMPT = "a red fox"
 ROLES = "<lora:fox:0.8:role=subject><lora:ink:0.6:role=style>"

@@ -77,7 +77,7 @@ Factors = dict[str, tuple[torch.Tensor, torch.Tensor]]
 
 def covered(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
     """A layer of every kind: attention, feed-forward, projections, convolutions, shortcuts, time embedding."""
-    blocks = ("down_blocks.0.attentions.0", "mid_block.resnets.0", "up_blocks.1.resnets.1", "up_blocks.1.attentions.2")
+    blocks = ("down_blocks.0.attentions.0", "mid_block.resnets.0", "up_blocks.1.resnets.1")
     return {
         name: module
         for name, module in model.named_modules()

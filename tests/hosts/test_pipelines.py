@@ -1,0 +1,78 @@
+"""Opening models in the forms that people have them in."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from safetensors.torch import save_file
+
+from lib_dynfuse.demo.export import ldm_tensors
+from lib_dynfuse.errors import DynFuseError
+from lib_dynfuse.hosts.diffusers import Embedded
+from lib_dynfuse.hosts.pipelines import open_pipeline
+from lib_dynfuse.hosts.samplers import make_sampler, sampler_name, sampler_names, sigmas
+
+PICTURE = {"prompt": "a fox", "steps": 2, "cfg": 3.0, "seeds": (7,), "tensors": True}
+
+
+@pytest.fixture
+def checkpoint(sd_folder: Path, tmp_path: Path) -> Path:
+    """The tiny pipeline in one file, under the names that checkpoints use."""
+    file = tmp_path / "tiny.safetensors"
+    save_file(ldm_tensors(DiffusionPipeline.from_pretrained(sd_folder)), file)
+    return file
+
+
+def test_a_single_file_makes_the_folders_pictures(checkpoint: Path, sd_folder: Path):
+    single = Embedded.load(checkpoint, config=sd_folder, device="cpu")
+    assert single.name == "tiny"
+    assert torch.equal(single.generate(**PICTURE), Embedded.load(sd_folder, device="cpu").generate(**PICTURE))
+
+
+def test_a_folder_with_half_precision_files_only_is_opened(sd_folder: Path, tmp_path: Path):
+    DiffusionPipeline.from_pretrained(sd_folder, dtype=torch.float16).save_pretrained(tmp_path / "half", variant="fp16")
+    pipe = open_pipeline(tmp_path / "half", torch.float32)
+    assert pipe.unet.dtype == torch.float32
+
+
+def test_a_folder_that_lacks_its_weights_is_refused(sd_folder: Path, tmp_path: Path):
+    folder = tmp_path / "model"
+    shutil.copytree(sd_folder, folder)
+    (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(DynFuseError, match="model cannot be loaded"):
+        open_pipeline(folder, torch.float32)
+
+
+def test_a_config_that_is_no_folder_is_refused(checkpoint: Path):
+    with pytest.raises(DynFuseError, match="--config nowhere is not a folder"):
+        open_pipeline(checkpoint, torch.float32, Path("nowhere"))
+
+
+@pytest.fixture(scope="module")
+def own_sampler(sd_folder: Path) -> object:
+    return open_pipeline(sd_folder, torch.float32).scheduler
+
+
+@pytest.mark.parametrize("name", sampler_names())
+def test_every_sampler_can_be_made_and_is_called_by_its_name(own_sampler: object, name: str):
+    sampler = make_sampler(own_sampler, name.upper())
+    assert sampler_name(sampler) == name
+    assert sampler.config.beta_end == 0.012
+    noise = sigmas(sampler, 4)
+    assert len(noise) == len(sampler.timesteps)
+    assert noise == sorted(noise, reverse=True)
+    assert 0 < noise[-1] < noise[0] < 20
+
+
+def test_sigmas_are_those_of_the_sampler_that_has_its_own(own_sampler: object):
+    sampler = make_sampler(own_sampler, "Euler")
+    assert sigmas(sampler, 5) == pytest.approx(sampler.sigmas[:-1].tolist(), rel=0.02)
+
+
+def test_a_sampler_the_webui_does_not_know_goes_by_its_class():
+    assert sampler_name(SimpleNamespace(config={})) == "SimpleNamespace"

@@ -30,16 +30,19 @@ def test_text_in_any_script_is_kept_in_the_chunk_that_the_webui_reads(tmp_path: 
         assert picture.info["parameters"] == "a fox — 狐"
 
 
-def test_nothing_appears_before_everything_is_written(tmp_path: Path):
+def write_half(folder: Path) -> None:
     def fail(path: Path) -> None:
         path.write_text("half")
-        raise RuntimeError
+        raise RuntimeError(f"{len(list(folder.glob('*.png')))} pictures so far")
 
-    batch = Batch(tmp_path, [1])
-    batch.picture(0, Image.new("RGB", (8, 8)), "")
-    with pytest.raises(RuntimeError), batch:
-        assert not list(tmp_path.glob("*.png"))
+    with Batch(folder, [1]) as batch:
+        batch.picture(0, Image.new("RGB", (8, 8)), "")
         batch.file("more.json", fail)
+
+
+def test_nothing_appears_before_everything_is_written(tmp_path: Path):
+    with pytest.raises(RuntimeError, match="0 pictures so far"):
+        write_half(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 

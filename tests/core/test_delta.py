@@ -303,6 +303,13 @@ class TestDecomposed:
         delta = Decomposed(inner, magnitude.view(1, -1, 1, 1), row_norm(weight, inner))
         same(y + delta(x, y), conv_case(geometry, merged)[1])
 
+    def test_a_magnitude_close_to_the_norm_counts_in_half_precision_too(self) -> None:
+        silent = LowRank(rand(2, 3).bfloat16(), torch.zeros(4, 2).bfloat16())
+        norm = rand(4).abs().float() + 1
+        y = rand(2, 4).bfloat16()
+        d = Decomposed(silent, norm * 1.0005, norm)(rand(2, 3).bfloat16(), y)
+        torch.testing.assert_close(d.float(), y.float() * 0.0005, rtol=0.01, atol=0)
+
     def test_lengths_that_differ_are_named(self) -> None:
         inner = LowRank(rand(2, 3), rand(4, 2))
         with pytest.raises(ValueError, match=r"magnitude is \[3\], norm \[4\]: expected 4 entries"):

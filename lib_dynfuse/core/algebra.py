@@ -128,8 +128,8 @@ class Delta(ABC):
         """ΔW as one low-rank product, None where it is not one; callable scales are read now."""
         return None
 
-    def _enter(self, x: Tensor, y: Tensor, held: Tensor) -> None:
-        """Before the work: the channels must fit, and the tensors (`held` is one of them) must be where x is."""
+    def check(self, x: Tensor, y: Tensor) -> None:
+        """ValueError when the layer's channels are not those that the delta is made for."""
         got = x.shape[self.channel_dim], y.shape[self.channel_dim]
         if self.inputs not in (None, got[0]) or self.outputs not in (None, got[1]):
             made_for = "{} -> {}".format(*("any" if n is None else n for n in (self.inputs, self.outputs)))
@@ -137,6 +137,10 @@ class Delta(ABC):
                 f"{type(self).__name__} is made for {made_for} channels, the layer has {got[0]} -> {got[1]} "
                 f"(x {list(x.shape)}, y {list(y.shape)})"
             )
+
+    def _enter(self, x: Tensor, y: Tensor, held: Tensor) -> None:
+        """Before the work: the channels must fit, and the tensors (`held` is one of them) must be where x is."""
+        self.check(x, y)
         if held.device != x.device:
             self.to(x.device)
 

@@ -23,6 +23,7 @@ Divergence = Callable[..., Tensor]
 
 # Where the second-order series and the direct form are both good to about 1e-6 relative.
 _SERIES_BELOW = 0.25
+_LN2 = math.log(2.0)
 
 
 def _log_ratio(base: Tensor, delta: Tensor, temperature: float, dim: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -68,8 +69,8 @@ def js_divergence(base: Tensor, delta: Tensor, temperature: float = 1.0, dim: in
     log_cosh = torch.log1p(2.0 * torch.sinh(near / 4).square())
     small = -p * torch.expm1(-near) * near / 4 - (p + p0) * log_cosh / 2
     softplus = torch.nn.functional.softplus
-    large = (p * (math.log(2.0) - softplus(-u)) + p0 * (math.log(2.0) - softplus(u))) / 2
-    return torch.where(u.abs() < 1.0, small, large).sum(dim).clamp(0.0, math.log(2.0))
+    large = (p * (_LN2 - softplus(-u)) + p0 * (_LN2 - softplus(u))) / 2
+    return torch.where(u.abs() < 1.0, small, large).sum(dim).clamp(0.0, _LN2)
 
 
 @torch.no_grad()
@@ -116,27 +117,30 @@ def kl_pair(
 ) -> tuple[Tensor, Tensor]:
     """The KL divergences of two deltas against one base, sharing everything that depends on the base alone.
 
-    Arguments and results as `kl_divergence`, twice. One exponential per channel for the base and one for each delta;
+    Arguments and results as `kl_divergence`, twice. One power per channel for the base and one for each delta;
     absolute error a few times 1e-7 * max(1, |delta|) nats per token, of either sign, so that a mean over tokens is not
     biased (a divergence near zero may come out slightly negative).
     """
     work = work or Workspace()
-    scale = 1.0 / temperature
+    # Powers of two are about half as dear as exponentials, and the change of base comes free with the additions.
+    bits = 1.0 / (temperature * _LN2)
     shifted = work.take("base", base)
     powers = work.take("powers", base)
-    torch.sub(base, base.amax(dim, keepdim=True), out=shifted)
-    if scale != 1.0:
-        shifted.mul_(scale)
-    z0 = torch.exp(shifted, out=powers).sum(dim, keepdim=True)
+    peak0 = base.amax(dim, keepdim=True)
+    if base.dtype == torch.float32:
+        torch.sub(base, peak0, out=shifted)
+    else:
+        # A subtraction of two half-precision tensors would be rounded to half precision.
+        shifted.copy_(base).sub_(peak0)
+    shifted.mul_(bits)
+    z0 = torch.exp2(shifted, out=powers).sum(dim, keepdim=True)
 
     def against_base(delta: Tensor) -> Tensor:
-        torch.add(shifted, delta, alpha=scale, out=powers)
+        torch.add(shifted, delta, alpha=bits, out=powers)
         peak = powers.amax(dim, keepdim=True)
-        powers.sub_(peak).exp_()
+        torch.exp2(powers.sub_(peak), out=powers)
         z = powers.sum(dim, keepdim=True)
-        mean = powers.mul_(delta).sum(dim, keepdim=True).div_(z)
-        if scale != 1.0:
-            mean.mul_(scale)
-        return mean.sub_(peak).sub_(z.div_(z0).log_()).squeeze(dim)
+        mean = powers.mul_(delta).sum(dim, keepdim=True).div_(z).mul_(1.0 / temperature)
+        return mean.sub_(z.div_(z0).log2_().add_(peak).mul_(_LN2)).squeeze(dim)
 
     return against_base(first), against_base(second)

@@ -41,6 +41,8 @@ class Part:
             if stop > channels:
                 raise ValueError(f"rows {self.start} to {stop} of a layer that has {channels}")
             y = y.narrow(channel_dim, self.start, stop - self.start)
+        for delta in self.deltas:
+            delta.check(x, y)
         if self.packed is not None:
             return PackedWork(self.packed, x, y, channel_dim)
         return PlainWork(self, module, x, y, channel_dim)
@@ -60,9 +62,14 @@ class Layer:
         return sum(part.nbytes for part in self.parts)
 
 
-# How many output elements are looked at together: on a CPU what a core's cache holds, elsewhere 16 MiB of float32.
-_STRETCH = {"cpu": 1 << 17}
+# How many output elements are looked at together: 2 MiB of float32 on a CPU, elsewhere 16.
+_STRETCH = {"cpu": 1 << 19}
 _STRETCH_ELSEWHERE = 1 << 22
+
+
+def waits_for_nothing(device: torch.device) -> bool:
+    """Whether the host can read a decision at once: it is the host's own memory."""
+    return device.type == "cpu"
 
 
 class Work:
@@ -149,7 +156,7 @@ class PackedWork(Work):
         subject, style = selection.subject, selection.style
         packed = self._packed
         if isinstance(subject, Tensor) and isinstance(style, Tensor):
-            if self.tokens.device.type == "cpu" and subject.dtype == torch.bool and subject.dim() == 1:
+            if waits_for_nothing(self.tokens.device) and subject.dtype == torch.bool and subject.dim() == 1:
                 self._add_winners(self._column(subject, rows).flatten().tolist())
             else:
                 self._add_weighted(subject, style, rows)
@@ -161,7 +168,7 @@ class PackedWork(Work):
                     packed.add(self.tokens, packed.hidden(self.x, role), role, float(weight))
 
     def _add_winners(self, subject_wins: list[bool]) -> None:
-        """On a CPU the decision can be read without waiting for anything: only the winner's product is computed."""
+        """Where the decision can be read, only the winner's product is computed."""
         batch = len(subject_wins)
         start = 0
         for stop in range(1, batch + 1):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -72,6 +73,9 @@ def pack(
         requires_safety_checker=False,
     )
     pipeline.to(dtype=torch.float16).save_pretrained(folder, safe_serialization=True)
+    # The plain files instead of what this transformers writes: they are smaller, and older hosts read no other.
+    shutil.rmtree(folder / "tokenizer")
+    shutil.copytree(model.TOKENIZER, folder / "tokenizer")
 
 
 def save_pictures(file: Path, pictures: Pictures) -> None:

@@ -191,8 +191,6 @@ def export(folder: Path, out: Path, lora_folder: Path = loras.BOX) -> Path:
     pipeline = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float16, local_files_only=True)
     clip = out.resolve() / f"{NAME}-clip"
     clip.mkdir(parents=True, exist_ok=True)
-    pipeline.tokenizer.save_pretrained(clip)
-    # The tokenizer's plain files too: the transformers of an older WebUI reads no other.
     for file in (folder / "tokenizer").iterdir():
         shutil.copyfile(file, clip / file.name)
     pipeline.text_encoder.config.save_pretrained(clip)

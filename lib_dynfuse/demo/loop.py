@@ -70,21 +70,22 @@ def train(
     parameters = list(learning.values())
     average = [p.detach().clone() for p in parameters]
     optimiser = torch.optim.AdamW(parameters, lr=schedule.rate, weight_decay=1e-4, fused=True)
-    curve = Curve()
+    curve, finished = Curve(), False
     if file.exists():
         state = torch.load(file, map_location=parameters[0].device, weights_only=True)
         module.load_state_dict(state["module"], strict=False)
         optimiser.load_state_dict(state["optimiser"])
         torch._foreach_copy_(average, state["average"])
-        curve = Curve(**state["curve"])
+        curve, finished = Curve(**state["curve"]), state.get("finished", False)
     window: list[torch.Tensor] = []
 
-    def save() -> None:
+    def save(finished: bool) -> None:
         state = {
             "module": {name: p.detach() for name, p in learning.items()},
             "average": average,
             "optimiser": optimiser.state_dict(),
             "curve": vars(curve),
+            "finished": finished,
         }
         file.parent.mkdir(parents=True, exist_ok=True)
         partial = file.with_suffix(".partial")
@@ -94,7 +95,7 @@ def train(
     module.train()
     started, saved, before = time.monotonic(), time.monotonic(), curve.seconds
     with tqdm(total=schedule.steps, initial=curve.steps, desc=file.stem, disable=not bar, mininterval=10) as progress:
-        while schedule.progress(curve.steps, curve.seconds) < 1:
+        while not finished and schedule.progress(curve.steps, curve.seconds) < 1:
             for group in optimiser.param_groups:
                 group["lr"] = schedule.rate_at(curve.steps, curve.seconds)
             value = loss(curve.steps, torch.Generator().manual_seed(seed * 1_000_003 + curve.steps))
@@ -112,10 +113,11 @@ def train(
                 progress.set_postfix(loss=curve.losses[-1])
                 # Between windows only, so that a resumed curve has no half-counted mean.
                 if time.monotonic() - saved > every_seconds:
-                    save()
+                    save(finished=False)
                     saved = time.monotonic()
             progress.update()
-        save()
+        if not finished:
+            save(finished=True)
     with torch.no_grad():
         torch._foreach_copy_(parameters, average)
     module.eval()

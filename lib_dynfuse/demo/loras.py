@@ -55,7 +55,7 @@ def train(
         )
         return kohya(unet), curve
     finally:
-        unet.delete_adapters(ADAPTER)
+        unet.unload_lora()
 
 
 def kohya(unet: UNet2DConditionModel) -> dict[str, torch.Tensor]:

@@ -14,6 +14,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 BOX = Path(__file__).with_name("model")
+TOKENIZER = BOX / "tokenizer"
 SCALING = 0.18215  # of SD 1.x; some hosts assume it whatever the file says
 VOCABULARY = 49408
 
@@ -48,10 +49,10 @@ PRESETS = {
     "cpu": Preset(),
     "gpu": Preset(
         pixels=128,
-        autoencoder=(32, 64, 128, 128),
-        autoencoder_steps=10000,
+        autoencoder=(32, 64, 64, 96),
+        autoencoder_steps=9000,
         autoencoder_batch=64,
-        base_steps=15000,
+        base_steps=12000,
         base_batch=256,
         text_steps=1500,
         subject_steps=300,
@@ -109,9 +110,9 @@ def text_encoder(preset: Preset) -> CLIPTextModel:
     return model
 
 
-def tokenizer(folder: Path = BOX / "tokenizer") -> CLIPTokenizer:
+def tokenizer() -> CLIPTokenizer:
     """CLIP's own byte-pair tokenizer, from the box."""
-    return CLIPTokenizer.from_pretrained(folder)
+    return CLIPTokenizer.from_pretrained(TOKENIZER)
 
 
 def tokens(texts: list[str], tokenizer: CLIPTokenizer) -> torch.Tensor:
@@ -129,6 +130,7 @@ def scheduler() -> DDIMScheduler:
         beta_schedule="scaled_linear",
         clip_sample=False,
         set_alpha_to_one=False,
+        steps_offset=1,
         prediction_type="v_prediction",
         timestep_spacing="trailing",
     )

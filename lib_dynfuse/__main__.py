@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from enum import Enum
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -22,11 +23,13 @@ app = typer.Typer(
 app.command()(generate)
 
 
-class Preset(str, Enum):
-    """How large a demo model is trained."""
-
-    cpu = "cpu"
-    gpu = "gpu"
+@contextmanager
+def _values_are_the_persons() -> Iterator[None]:
+    """For commands whose values go straight to a function that checks them: what it refuses, the person mistyped."""
+    try:
+        yield
+    except ValueError as error:
+        raise DynFuseError(str(error)) from error
 
 
 def _version(wanted: bool) -> None:
@@ -53,7 +56,7 @@ def demo(
     """Compare the fusion rules on the small trained model in the box."""
     from lib_dynfuse.demo import sheet
 
-    with one_clear_line():
+    with one_clear_line(), _values_are_the_persons():
         sheet.demo(out, seeds=seeds, steps=steps)
 
 
@@ -73,26 +76,27 @@ def bench(
     from lib_dynfuse.bench import run
 
     chosen = tuple(name.strip() for name in methods.split(",") if name.strip()) or run.DEFAULT
-    with one_clear_line():
-        try:
-            rows = run.bench(unet, pixels, batch, rank, device, dtype, chosen, repeats, json_file)
-        except ValueError as error:
-            raise DynFuseError(str(error)) from error
+    with one_clear_line(), _values_are_the_persons():
+        rows = run.bench(unet, pixels, batch, rank, device, dtype, chosen, repeats, json_file)
     typer.echo(run.table(rows))
 
 
 @app.command("train-demo")
 def train_demo(
-    out: Annotated[Path, typer.Option(help="The folder for checkpoints, to go on from.")] = Path("out/train"),
+    out: Annotated[Path, typer.Option(help="The folder for checkpoints and for what comes out.")] = Path("out/train"),
     data: Annotated[Path | None, typer.Option(help="A ready .npz; else made from the npm packages.")] = None,
-    preset: Annotated[Preset, typer.Option(help="The size of the model and of the training.")] = Preset.cpu,
+    preset: Annotated[Literal["cpu", "gpu"], typer.Option(help="The size of the model and of the training.")] = "cpu",
+    latents_from: Annotated[
+        Path | None, typer.Option(help="A diffusers autoencoder of 4 channels, to adopt its latents.")
+    ] = None,
+    stage: Annotated[list[str] | None, typer.Option(help="Only this stage; may be repeated.")] = None,
     threads: Annotated[int, typer.Option(min=1, help="Of the processor.")] = 2,
 ) -> None:
     """Train the model in the box, stage by stage; run it again to go on where it stopped."""
     from lib_dynfuse.demo import train
 
-    with one_clear_line():
-        train.train_demo(out, data, preset.value, threads=threads)
+    with one_clear_line(), _values_are_the_persons():
+        train.train_demo(out, data, preset, latents_from, stage or tuple(train.STAGES), threads)
 
 
 @app.command("export-demo")
@@ -102,7 +106,7 @@ def export_demo(
     """Write the model in the box as a checkpoint and LoRAs that a WebUI loads."""
     from lib_dynfuse.demo import export, model
 
-    with one_clear_line():
+    with one_clear_line(), _values_are_the_persons():
         typer.echo(export.export(model.BOX, out))
 
 

@@ -7,6 +7,7 @@ import random
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -30,8 +31,8 @@ def _model(help: str) -> Any:
     return typer.Option(help=help, rich_help_panel=_MODEL)
 
 
-def _picture(help: str, **limits: float) -> Any:
-    return typer.Option(help=help, rich_help_panel=_PICTURE, **limits)
+def _picture(help: str, min: float | None = None, max: float | None = None) -> Any:
+    return typer.Option(help=help, rich_help_panel=_PICTURE, min=min, max=max)
 
 
 def _rule(name: str) -> Any:
@@ -195,8 +196,7 @@ def _add_trace(files: Batch, record: Record, images: int) -> None:
 
     files.file(f"{files.stem(0)}-trace.json", record.to_json)
     for index in range(images):
-        figure = heat_map(record, index)
-        files.file(f"{files.stem(index)}-chosen.png", lambda path, figure=figure: save(figure, path))
+        files.file(f"{files.stem(index)}-chosen.png", partial(save, heat_map(record, index)))
     for index, share in record.shares().items():
         say(f"picture {files.stem(index)}: subject {share['subject']:.0%}, style {share['style']:.0%}")
 

@@ -278,3 +278,44 @@ def test_the_help_names_every_rule_and_the_tag_syntax():
     assert result.exit_code == 0
     for word in ("role=subject", "role=style", "kl-token", "--lora-dir", "--negative", "--sampler"):
         assert word in result.stdout
+
+
+def test_the_benchmark_says_a_table_and_writes_rows(tmp_path: Path):
+    file = tmp_path / "rows.json"
+    words = [
+        "bench",
+        "--unet",
+        "tiny",
+        "--pixels",
+        "64",
+        "--methods",
+        "merged,kl",
+        "--repeats",
+        "1",
+        "--json",
+        str(file),
+    ]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0, result.output
+    assert [row["method"] for row in json.loads(file.read_text())] == ["merged", "kl"]
+    assert "| kl |" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["bench", "--unet", "sd3"], ["'sd3'", "sd15", "sdxl"]),
+        (["bench", "--methods", "merged,fast"], ["'fast'", "kl-sampled"]),
+        (["train-demo", "--stage", "polish"], ["polish", "unet"]),
+    ],
+)
+def test_other_commands_refuse_what_they_do_not_know_in_one_line(words: list[str], named: list[str], tmp_path: Path):
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 2
+    for word in named:
+        assert word in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_the_version_is_said():
+    assert CliRunner().invoke(app, ["--version"]).stdout == "0.1.0\n"

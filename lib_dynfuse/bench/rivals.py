@@ -44,7 +44,8 @@ def klora_published(layers: Layers, progress: float = 0.5) -> Iterator[None]:
     handles = []
     for module, deltas in layers.values():
         subject, style = deltas[Role.SUBJECT], deltas[Role.STYLE]
-        assert isinstance(subject, LowRank) and isinstance(style, LowRank)
+        assert isinstance(subject, LowRank)
+        assert isinstance(style, LowRank)
 
         def fuse(
             module: nn.Module, args: tuple[Tensor, ...], y: Tensor, subject: LowRank = subject, style: LowRank = style

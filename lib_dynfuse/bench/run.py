@@ -8,7 +8,9 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -18,7 +20,7 @@ from lib_dynfuse.bench.unets import CONFIGS, covered, make_inputs, make_layers, 
 from lib_dynfuse.core import Fusion, Row, strategy
 
 UNETS = tuple(CONFIGS)
-FUSED = {
+FUSED: dict[str, tuple[str, dict[str, Any]]] = {
     "sum": ("sum", {}),
     "kl": ("kl", {}),
     "kl-sampled": ("kl", {"sample_tokens": 64}),
@@ -83,8 +85,7 @@ def bench(
             # A merged network costs nothing per forward pass: this is the plain model.
             runs[method] = (nullcontext(), forward)
         elif method == "peft":
-            rival = with_peft(model, layers, rank)
-            runs[method] = (nullcontext(), lambda rival=rival: forward(rival))
+            runs[method] = (nullcontext(), partial(forward, with_peft(model, layers, rank)))
         elif method == "klora-published":
             runs[method] = (_Again(lambda: klora_published(layers)), forward)
         else:

@@ -14,8 +14,8 @@ from lib_dynfuse.core.delta import Delta, Geometry, LowRank
 Layers = dict[str, tuple[nn.Module, dict[Role, Delta]]]
 
 # The configurations of runwayml/stable-diffusion-v1-5 and stabilityai/stable-diffusion-xl-base-1.0.
-_SD15 = {"cross_attention_dim": 768, "attention_head_dim": 8}
-_SDXL = {
+_SD15: dict[str, object] = {"cross_attention_dim": 768, "attention_head_dim": 8}
+_SDXL: dict[str, object] = {
     "block_out_channels": (320, 640, 1280),
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
     "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
@@ -28,7 +28,7 @@ _SDXL = {
     "projection_class_embeddings_input_dim": 2816,
 }
 # A few blocks of SD1.x for a quick look and for tests; no figure from it means anything.
-_TINY = {
+_TINY: dict[str, object] = {
     "block_out_channels": (32, 64),
     "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
     "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
@@ -56,8 +56,8 @@ def make_unet(name: str, device: torch.device, dtype: torch.dtype) -> UNet2DCond
     return unet
 
 
-def make_inputs(unet: UNet2DConditionModel, pixels: int, batch: int) -> Callable[[], Tensor]:
-    """A closure that runs one forward pass at `pixels` x `pixels`, 77 text tokens."""
+def make_inputs(unet: UNet2DConditionModel, pixels: int, batch: int) -> Callable[..., Tensor]:
+    """A function that runs one forward pass at `pixels` x `pixels` with 77 text tokens, of `unet` or another model."""
     device, dtype = unet.device, unet.dtype
     generator = torch.Generator(device).manual_seed(1)
 

@@ -140,17 +140,17 @@ class PackedWork(Work):
         index = sample_index(self.tokens.shape[1], sampled, self.tokens.device)
         if index is not None:
             hidden = packed.hidden_at(self.x, index, self._both_hidden).flatten(0, 1)
-            deltas = (hidden[:, packed.columns(role)] @ packed.up(role) for role in (0, 1))
-            yield Features(self.tokens[:, index].flatten(0, 1), *deltas, -1)
+            subject, style = (hidden[:, packed.columns(role)] @ packed.up(role) for role in (0, 1))
+            yield Features(self.tokens[:, index].flatten(0, 1), subject, style, -1)
             return
         hidden = self._both_hidden()
         for where in self._stretches():
             here = self._stretch(hidden, *where)
             if self.dim == -1:
-                deltas = (here[:, packed.columns(role)] @ packed.up(role) for role in (0, 1))
+                subject, style = (here[:, packed.columns(role)] @ packed.up(role) for role in (0, 1))
             else:
-                deltas = (packed.up(role).T @ here[packed.columns(role)] for role in (0, 1))
-            yield Features(self._stretch(self.tokens, *where), *deltas, self.dim)
+                subject, style = (packed.up(role).T @ here[packed.columns(role)] for role in (0, 1))
+            yield Features(self._stretch(self.tokens, *where), subject, style, self.dim)
 
     def add(self, selection: Selection, rows: int) -> None:
         subject, style = selection.subject, selection.style
@@ -213,13 +213,15 @@ class PlainWork(Work):
         return found
 
     def look(self, sampled: int) -> Iterator[Features]:
-        base, subject, style = self.tokens, self._delta(0), self._delta(1)
-        index = sample_index(base.shape[1], sampled, base.device)
+        whole = (self.tokens, self._delta(0), self._delta(1))
+        index = sample_index(self.tokens.shape[1], sampled, self.tokens.device)
         if index is not None:
-            yield Features(*(one[:, index].flatten(0, 1) for one in (base, subject, style)), -1)
+            base, subject, style = (one[:, index].flatten(0, 1) for one in whole)
+            yield Features(base, subject, style, -1)
             return
         for where in self._stretches():
-            yield Features(*(self._stretch(one, *where) for one in (base, subject, style)), self.dim)
+            base, subject, style = (self._stretch(one, *where) for one in whole)
+            yield Features(base, subject, style, self.dim)
 
     def add(self, selection: Selection, rows: int) -> None:
         target = self._native(self.tokens)

@@ -120,7 +120,7 @@ def test_normalisation_layers_are_fused_too() -> None:
     norm, x = nn.GroupNorm(2, 6), torch.randn(2, 6, 4, 4)
     delta = Affine(torch.randn(6), torch.randn(6), Norm.of(norm))
     with torch.no_grad():
-        expected = nn.functional.group_norm(x, 2, norm.weight + delta.weight, norm.bias + delta.bias)
+        expected = nn.functional.group_norm(x, 2, norm.weight + delta.weight, norm.bias + torch.as_tensor(delta.bias))
         torch.testing.assert_close(fused(norm, {"n": (norm, {Role.STYLE: delta})}, "kl", [x]), expected)
 
 
@@ -151,7 +151,8 @@ def test_the_low_rank_path_makes_the_same_picture_as_the_plain_one(name: str) ->
 
 @pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last])
 def test_a_convolution_in_either_memory_order_is_decided_alike(memory: torch.memory_format) -> None:
-    layer = nn.Conv2d(4, 8, 3, padding=1).to(memory_format=memory)
+    layer = nn.Conv2d(4, 8, 3, padding=1)
+    layer.weight.data = layer.weight.data.to(memory_format=memory)
     x = torch.randn(3, 4, 6, 6).to(memory_format=memory)
     generator = torch.Generator().manual_seed(2)
     deltas = {role: random_lora(layer, 2, 0.2, generator) for role in BOTH}
@@ -431,6 +432,8 @@ def test_the_trace_hears_every_pass_and_every_decision() -> None:
     assert all(rows == tuple(CFG) for _, _, rows in log.passes)
     assert [layer for layer, *_ in log.calls] == [0, 1, 2, 3] * 4
     for _, subject, style, d_subject, d_style in log.calls:
+        assert d_subject is not None
+        assert d_style is not None
         assert subject.shape == style.shape == d_subject.shape == d_style.shape == (2,)
         assert torch.equal(subject, d_subject >= d_style)
         assert torch.equal(subject, ~style)

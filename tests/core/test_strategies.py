@@ -101,7 +101,8 @@ def test_every_rule_says_what_it_is_where_it_comes_from_and_what_may_be_set(name
         assert parameter.help.endswith((".", ";"))
         parameter.check(name, parameter.default)
         if isinstance(parameter.default, (int, float)) and not isinstance(parameter.default, bool):
-            assert parameter.minimum is not None and parameter.maximum is not None
+            assert parameter.minimum is not None
+            assert parameter.maximum is not None
             assert parameter.minimum <= parameter.default <= parameter.maximum
 
 
@@ -291,7 +292,8 @@ def test_kl_gives_an_item_to_the_role_that_moves_it_further() -> None:
     found = select("kl", scene)
     expected = d_subject.mean(1) >= d_style.mean(1)
     assert 0 < int(expected.sum()) < 8
-    assert torch.equal(found.subject, expected) and torch.equal(found.style, ~expected)
+    assert torch.equal(torch.as_tensor(found.subject), expected)
+    assert torch.equal(torch.as_tensor(found.style), ~expected)
     assert found.d_subject is not None
     torch.testing.assert_close(found.d_subject, d_subject.mean(1), rtol=1e-4, atol=1e-6)
 
@@ -300,7 +302,7 @@ def test_kl_token_decides_every_token_by_itself() -> None:
     scene = Scene(0.5, 0.5, items=2, tokens=30)
     d_subject, d_style = scene.divergences()
     found = select("kl-token", scene)
-    assert torch.equal(found.subject, d_subject >= d_style)
+    assert torch.equal(torch.as_tensor(found.subject), d_subject >= d_style)
 
 
 def test_a_tie_goes_to_the_subject() -> None:
@@ -323,7 +325,7 @@ def test_kl_soft_is_a_softmax_of_log_divergences() -> None:
 def test_kl_soft_with_little_softness_is_kl() -> None:
     scene = Scene(0.5, 0.5, items=8)
     soft, hard = select("kl-soft", scene, softness=0.01), select("kl", scene)
-    assert torch.equal(torch.as_tensor(soft.subject) > 0.5, hard.subject)
+    assert torch.equal(torch.as_tensor(soft.subject) > 0.5, torch.as_tensor(hard.subject))
 
 
 @pytest.mark.parametrize("name", DIVERGENCE_RULES)
@@ -333,7 +335,7 @@ def test_balance_moves_the_decision_from_all_subject_to_all_style(name: str) -> 
         float(torch.as_tensor(select(name, scene, balance=lean).subject).float().mean())
         for lean in (-1.0, -0.5, -0.1, 0.0, 0.1, 0.5, 1.0)
     ]
-    assert shares[0] == 1.0 and shares[-1] == 0.0
+    assert (shares[0], shares[-1]) == (1.0, 0.0)
     assert shares == sorted(shares, reverse=True)
 
 
@@ -354,7 +356,7 @@ def test_a_schedule_gives_the_subject_the_early_steps_and_the_style_the_late_one
         float(torch.as_tensor(select(name, scene, moment(step, rows=rows), schedule=1.0).subject).float().mean())
         for step in range(10)
     ]
-    assert shares[0] == 1.0 and shares[-1] == 0.0
+    assert (shares[0], shares[-1]) == (1.0, 0.0)
     assert shares == sorted(shares, reverse=True)
 
 
@@ -471,7 +473,8 @@ def test_standardised_features_do_not_depend_on_a_layers_scale() -> None:
     for one in (scene.base, scene.subject, scene.style):
         one.mul_(37.0)
     large = select("kl", scene, standardise=True)
-    assert small.d_subject is not None and large.d_subject is not None
+    assert small.d_subject is not None
+    assert large.d_subject is not None
     torch.testing.assert_close(small.d_subject, large.d_subject, rtol=1e-3, atol=1e-5)
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -21,15 +19,6 @@ app = typer.Typer(
     help="Dynamic LoRA Fusion: every layer of every step goes to the subject LoRA or to the style LoRA.",
 )
 app.command()(generate)
-
-
-@contextmanager
-def _values_are_the_persons() -> Iterator[None]:
-    """For commands whose values go straight to a function that checks them: what it refuses, the person mistyped."""
-    try:
-        yield
-    except ValueError as error:
-        raise DynFuseError(str(error)) from error
 
 
 def _version(wanted: bool) -> None:
@@ -56,7 +45,7 @@ def demo(
     """Compare the fusion rules on the small trained model in the box."""
     from lib_dynfuse.demo import sheet
 
-    with one_clear_line(), _values_are_the_persons():
+    with one_clear_line():
         sheet.demo(out, seeds=seeds, steps=steps)
 
 
@@ -76,8 +65,11 @@ def bench(
     from lib_dynfuse.bench import run
 
     chosen = tuple(name.strip() for name in methods.split(",") if name.strip()) or run.DEFAULT
-    with one_clear_line(), _values_are_the_persons():
-        rows = run.bench(unet, pixels, batch, rank, device, dtype, chosen, repeats, json_file)
+    with one_clear_line():
+        try:
+            rows = run.bench(unet, pixels, batch, rank, device, dtype, chosen, repeats, json_file)
+        except ValueError as error:
+            raise DynFuseError(str(error)) from error
     typer.echo(run.table(rows))
 
 
@@ -95,7 +87,9 @@ def train_demo(
     """Train the model in the box, stage by stage; run it again to go on where it stopped."""
     from lib_dynfuse.demo import train
 
-    with one_clear_line(), _values_are_the_persons():
+    with one_clear_line():
+        if unknown := sorted(set(stage or ()) - set(train.STAGES)):
+            raise DynFuseError(f"--stage {unknown[0]}: unknown; there are: {', '.join(train.STAGES)}")
         train.train_demo(out, data, preset, latents_from, stage or tuple(train.STAGES), threads)
 
 
@@ -106,7 +100,7 @@ def export_demo(
     """Write the model in the box as a checkpoint and LoRAs that a WebUI loads."""
     from lib_dynfuse.demo import export, model
 
-    with one_clear_line(), _values_are_the_persons():
+    with one_clear_line():
         typer.echo(export.export(model.BOX, out))
 
 

@@ -6,30 +6,40 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from safetensors.torch import save_file
 from tiny import WIDTH, Factors, autoencoder, byte_tokenizer, in_layout, random_factors, scheduler, text_config, unet
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 
-@pytest.fixture(scope="session")
-def sd_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Stable Diffusion 1.x folder, its prompt vectors 32 wide."""
-    torch.manual_seed(1)
+def save_sd(folder: Path, seed: int, schedule: DDIMScheduler, **unet_settings: object) -> Path:
+    torch.manual_seed(seed)
     tokenizer = byte_tokenizer()
     pipeline = StableDiffusionPipeline(
-        unet=unet(WIDTH),
+        unet=unet(WIDTH, **unet_settings),
         vae=autoencoder(),
         text_encoder=CLIPTextModel(text_config(tokenizer)),
         tokenizer=tokenizer,
-        scheduler=scheduler(),
+        scheduler=schedule,
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    folder = tmp_path_factory.mktemp("models") / "tiny-sd"
     pipeline.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def sd_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Stable Diffusion 1.x folder, its prompt vectors 32 wide."""
+    return save_sd(tmp_path_factory.mktemp("models") / "tiny-sd", 1, scheduler())
+
+
+@pytest.fixture(scope="session")
+def sd2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Stable Diffusion 2.x folder: linear projections, v-prediction."""
+    schedule = DDIMScheduler.from_config(scheduler().config, prediction_type="v_prediction")
+    return save_sd(tmp_path_factory.mktemp("models") / "tiny-sd2", 6, schedule, use_linear_projection=True)
 
 
 @pytest.fixture(scope="session")

@@ -272,10 +272,17 @@ def test_files_are_read_again_only_when_they_change(
     assert read.count("fresh") == 2
 
 
-def test_two_files_of_one_role_are_added_up(host: Embedded, sd_folder: Path, lora_dir: Path):
-    ours = picture(host, "<lora:fox:0.8:role=style><lora:ink:0.6:role=style>")
+@pytest.mark.parametrize(
+    "tags",
+    [
+        "<lora:fox:0.8:role=style><lora:ink:0.6:role=style>",
+        "<lora:fox:0.5:role=subject><lora:ink:0.6:role=style><lora:fox:0.3:role=subject>",
+        "<lora:fox:0.5:role=subject><lora:ink:0.6><lora:fox:0.3>",
+    ],
+)
+def test_files_of_one_role_and_a_file_given_twice_add_up(host: Embedded, sd_folder: Path, lora_dir: Path, tags: str):
     own = by_diffusers(sd_folder, (lora_dir / "fox.safetensors", 0.8), (lora_dir / "ink.safetensors", 0.6))
-    assert (ours - own).abs().max() < 1e-4
+    assert (picture(host, tags, SUM) - own).abs().max() < 1e-4
 
 
 def test_the_trace_has_every_step_and_both_halves(host: Embedded):
@@ -289,6 +296,17 @@ def test_the_trace_has_every_step_and_both_halves(host: Embedded):
     assert noise == sorted(noise, reverse=True)
     assert 1 < noise[0] < 20
     assert "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q" in record.layers
+
+
+def test_sd2_sums_like_diffusers(sd2_folder: Path, lora_dir: Path):
+    host = Embedded.load(sd2_folder, lora_dir, device="cpu")
+    for number, name in enumerate(("two-fox", "two-ink")):
+        state = in_layout("kohya", random_factors(host.pipe.unet, seed=11 + number))
+        save_file(state, lora_dir / f"{name}.safetensors")
+    own = by_diffusers(sd2_folder, (lora_dir / "two-fox.safetensors", 0.8), (lora_dir / "two-ink.safetensors", 0.6))
+    tags = "<lora:two-fox:0.8:role=subject><lora:two-ink:0.6:role=style>"
+    assert (picture(host, tags, SUM) - own).abs().max() < 1e-4
+    assert (picture(host, "") - own).abs().max() > 0.01
 
 
 def test_sdxl_sums_like_diffusers_with_both_text_encoders(sdxl_folder: Path, lora_dir: Path):

@@ -113,6 +113,8 @@ class Adapters:
         for component in self._components.values():
             for name in list(getattr(component, "peft_config", None) or {}):
                 _delete(component, name)
+            # A load that broke half-way leaves wrappers that no adapter's name leads to.
+            recurse_remove_peft_layers(component)
         self._loaded.clear()
 
     def _in_pipeline(self, key: _Key) -> bool:

@@ -95,6 +95,7 @@ class Embedded:
         options = options or Options(enabled=True)
         size = size or self.default_size
         _check(steps, seeds, size)
+        rule = options.make_strategy()
         text = parse_prompt(prompt)
         for notice in text.notices:
             self.say(notice)
@@ -116,7 +117,7 @@ class Embedded:
             fusion = None
             if layers:
                 window = (options.start, options.stop)
-                fusion = stack.enter_context(Fusion(layers, options.make_strategy(), trace, window=window))
+                fusion = stack.enter_context(Fusion(layers, rule, trace, window=window))
                 fusion.rows = rows
             pass_by_pass = _Steps(fusion, trace, noise)
             pass_by_pass.move_to(0)

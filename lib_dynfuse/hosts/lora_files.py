@@ -14,17 +14,18 @@ from lib_dynfuse.errors import DynFuseError
 
 _SUFFIX = ".safetensors"
 _OLD_SUFFIXES = (".pt", ".ckpt", ".bin", ".pth")
-# Other kinds of network, by a word that their keys have and a LoRA's have not.
-_OTHER_KINDS = (
-    ("hada_", "a LoHa"),
-    ("lokr_", "a LoKr"),
-    ("oft_", "an OFT"),
-    ("boft_", "a BOFT"),
-    ("ia3", "an (IA)³"),
-    ("on_input", "an (IA)³"),
-    ("lora_mid", "a LoCon with a middle factor"),
-    ("dora_scale", "a DoRA in kohya layout"),
-)
+# Other kinds of network, by how the last part of their keys begins.
+_OTHER_KINDS = {
+    "hada_": "a LoHa",
+    "lokr_": "a LoKr",
+    "oft_": "an OFT",
+    "boft_": "a BOFT",
+    "on_input": "an (IA)³",
+    "lora_mid": "a LoCon with a middle factor",
+    "dora_scale": "a DoRA in kohya layout",
+    "diff": "a full difference",
+}
+_OTHER_PART = re.compile(rf"\.({'|'.join(_OTHER_KINDS)})")
 _OTHER_FAMILIES = (
     (("double_blocks", "single_blocks", "single_transformer_blocks"), "Flux"),
     (("joint_blocks", "add_k_proj"), "SD3"),
@@ -53,17 +54,17 @@ class LoraFile:
         for words, family in _OTHER_FAMILIES:
             if any(word in key for key in self.shapes for word in words):
                 return family
+        if any(key.startswith(("lora_te2_", "text_encoder_2.")) for key in self.shapes):
+            return "SDXL"
         width = self.context_width
         if width is not None:
             return family_name(width)
-        if any(key.startswith(("lora_te2_", "text_encoder_2.")) for key in self.shapes):
-            return "SDXL"
         return self.metadata.get("modelspec.architecture") or self.metadata.get("ss_base_model_version")
 
     @property
     def kind(self) -> str | None:
         """The kind of network where it is one that diffusers does not read as a LoRA, else None."""
-        return next((kind for word, kind in _OTHER_KINDS if any(word in key for key in self.shapes)), None)
+        return next((_OTHER_KINDS[match[1]] for key in self.shapes if (match := _OTHER_PART.search(key))), None)
 
 
 def family_name(width: int) -> str:
@@ -133,7 +134,7 @@ def open_lora(path: Path) -> LoraFile:
     lora = LoraFile(path.stem, path, shapes, metadata)
     if lora.kind is not None:
         raise DynFuseError(
-            f"{path.name}: {lora.kind} network, which diffusers cannot read; LoRA and DoRA files can be used"
+            f"{path.name}: {lora.kind} network, which diffusers cannot read; use a LoRA, or a DoRA in peft's layout"
         )
     if not any("lora" in key for key in shapes):
         held = f"its first key is {next(iter(shapes))}" if shapes else "it holds no tensors"

@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from diffusers import DiffusionPipeline
@@ -16,6 +17,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from tiny import WIDTH, Factors, in_layout, random_factors
 
+from lib_dynfuse.errors import DynFuseError
 from lib_dynfuse.hosts import adapters
 from lib_dynfuse.hosts.diffusers import Embedded
 from lib_dynfuse.hosts.lora_files import open_lora
@@ -177,9 +179,10 @@ def test_outside_the_step_window_both_are_added(host: Embedded):
 def test_every_layout_gives_the_same_picture(host: Embedded, lora_dir: Path, fox: Factors, layout: str, role: str):
     folder = lora_dir / f"{layout} {role}"
     folder.mkdir()
-    save_file(in_layout(layout, fox), folder / "same.safetensors")
     if layout == "raw peft":
-        (folder / "adapter_config.json").write_text(json.dumps({"r": 2, "lora_alpha": 2, "target_modules": list(fox)}))
+        fox = {name: (down / 2, up) for name, (down, up) in fox.items()}
+        (folder / "adapter_config.json").write_text(json.dumps({"r": 2, "lora_alpha": 4, "target_modules": list(fox)}))
+    save_file(in_layout(layout, fox), folder / "same.safetensors")
     expected = picture(host, f"<lora:fox:0.8:role={role}><lora:ink:0.6>", SUM)
     assert torch.equal(picture(host, f"<lora:{layout} {role}/same:0.8:role={role}><lora:ink:0.6>", SUM), expected)
 
@@ -251,6 +254,23 @@ def test_a_dora_keeps_its_magnitudes(host: Embedded, sd_folder: Path, lora_dir: 
     own = by_diffusers(sd_folder, (lora_dir / "dora.safetensors", 0.7))
     assert (picture(host, "<lora:dora:0.7:role=style>", SUM) - own).abs().max() < 1e-4
     assert (own - by_diffusers(sd_folder, (lora_dir / "fox.safetensors", 0.7))).abs().max() > 0.01
+
+
+def test_a_load_that_breaks_half_way_leaves_nothing_behind(
+    host: Embedded, sd_folder: Path, lora_dir: Path, fox: Factors, monkeypatch: pytest.MonkeyPatch
+):
+    def give_up(*_: Any, **__: Any) -> None:
+        raise ValueError("no more")
+
+    monkeypatch.setattr(peft, "set_peft_model_state_dict", give_up)
+    save_file(in_layout("kohya", fox), lora_dir / "breaks.safetensors")
+    for role in ("subject", "none"):
+        with pytest.raises(DynFuseError, match=r"breaks\.safetensors does not fit tiny-sd .*no more"):
+            picture(host, f"<lora:detail:1><lora:breaks:1:role={role}>")
+        assert_untouched(host)
+    monkeypatch.undo()
+    assert torch.equal(picture(host, ""), by_diffusers(sd_folder))
+    picture(host, "<lora:breaks:1:role=subject>")
 
 
 def test_files_are_read_again_only_when_they_change(

@@ -207,7 +207,7 @@ class Adapters:
         made_for = lora.made_for
         if made_for and made_for != own and not (made_for.startswith("SDXL") and own == "SDXL"):
             return DynFuseError(f"{lora.path.name} is made for {made_for}, but {self._model} is {own}; {reason}")
-        return DynFuseError(f"{lora.path.name} does not fit {self._model} ({own}): {reason}")
+        return DynFuseError(f"{lora.path.name} does not fit {self._model}, {own}: {reason}")
 
     def _set_strengths(self, networks: Sequence[tuple[str, Network]]) -> None:
         for component, model in self._components.items():

@@ -69,7 +69,7 @@ class LoraFile:
 
 def family_name(width: int) -> str:
     """A model's kind by the width of its prompt vectors: SD 1.x 768, SD 2.x 1024, SDXL 2048."""
-    family = _FAMILY_OF_WIDTH.get(width, "a model of its own")
+    family = _FAMILY_OF_WIDTH.get(width, "a model of its own kind")
     return f"{family} (prompt vectors {width} wide)"
 
 

@@ -67,7 +67,7 @@ def train(
         file: the checkpoint, replaced whole or not at all.
     """
     learning = {name: p for name, p in module.named_parameters() if p.requires_grad}
-    parameters = list(learning.values())
+    parameters: list[torch.Tensor] = list(learning.values())
     average = [p.detach().clone() for p in parameters]
     optimiser = torch.optim.AdamW(parameters, lr=schedule.rate, weight_decay=1e-4, fused=True)
     curve, finished = Curve(), False

@@ -143,7 +143,7 @@ class Fusion:
             self._trace.attach(self.names)
         with ExitStack() as stack:
             for layer in self._layers:
-                handle = layer.module.register_forward_hook(self._hook(layer))
+                handle = layer.module.register_forward_hook(self._hook(layer), with_kwargs=True)
                 stack.callback(handle.remove)
             self._stack = stack.pop_all()
         return self
@@ -157,9 +157,9 @@ class Fusion:
 
     # One layer of one forward pass.
 
-    def _hook(self, layer: Layer) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
-        def fuse(module: nn.Module, args: tuple[Any, ...], y: Tensor) -> Tensor:
-            x: Tensor = args[0]
+    def _hook(self, layer: Layer) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Tensor], Tensor]:
+        def fuse(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor:
+            x: Tensor = args[0] if args else next(iter(kwargs.values()))
             moment = self._begin(layer.index, x)
             if torch.is_grad_enabled() and (y.requires_grad or x.requires_grad):
                 y = y.clone()

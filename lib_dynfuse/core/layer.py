@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from lib_dynfuse.core import devices
 from lib_dynfuse.core.delta import Delta
 from lib_dynfuse.core.packed import Packed, add_product, as_tokens
 from lib_dynfuse.core.rules import Features, Selection
@@ -65,11 +66,6 @@ class Layer:
 # How many output elements are looked at together: 2 MiB of float32 on a CPU, elsewhere 16.
 _STRETCH = {"cpu": 1 << 19}
 _STRETCH_ELSEWHERE = 1 << 22
-
-
-def waits_for_nothing(device: torch.device) -> bool:
-    """Whether the host can read a decision at once: it is the host's own memory."""
-    return device.type == "cpu"
 
 
 class Work:
@@ -156,7 +152,7 @@ class PackedWork(Work):
         subject, style = selection.subject, selection.style
         packed = self._packed
         if isinstance(subject, Tensor) and isinstance(style, Tensor):
-            if waits_for_nothing(self.tokens.device) and subject.dtype == torch.bool and subject.dim() == 1:
+            if devices.readable(self.tokens.device) and subject.dtype == torch.bool and subject.dim() == 1:
                 self._add_winners(self._column(subject, rows).flatten().tolist())
             else:
                 self._add_weighted(subject, style, rows)
@@ -185,11 +181,14 @@ class PackedWork(Work):
     def _add_weighted(self, subject: Tensor, style: Tensor, rows: int) -> None:
         """Without waiting for the device: both products in one, the hidden columns weighted (the loser's by zero)."""
         hidden = self._both_hidden()
-        shares = [
-            self._column(weight, rows).to(hidden.dtype).expand(-1, -1, rank)
-            for weight, rank in zip((subject, style), self._packed.ranks, strict=True)
-        ]
-        add_product(self.tokens, hidden * torch.cat(shares, -1), self._packed.up())
+        shares = torch.cat(
+            [
+                self._column(weight, rows).expand(-1, -1, rank)
+                for weight, rank in zip((subject, style), self._packed.ranks, strict=True)
+            ],
+            -1,
+        )
+        add_product(self.tokens, _weighted(hidden, shares), self._packed.up())
 
 
 class PlainWork(Work):
@@ -228,10 +227,14 @@ class PlainWork(Work):
         weights = (selection.subject, selection.style)[: len(self._deltas)]
         for role, weight in enumerate(weights):
             if isinstance(weight, Tensor):
-                column = self._column(weight, rows).to(target.dtype)
-                target.addcmul_(self._native(self._delta(role)), self._native(column))
+                target.add_(_weighted(self._native(self._delta(role)), self._native(self._column(weight, rows))))
             elif weight:
                 target.add_(self._native(self._delta(role)), alpha=weight)
+
+
+def _weighted(values: Tensor, weights: Tensor) -> Tensor:
+    """values * weights; a boolean weight keeps out what is not chosen, even where it is infinite."""
+    return torch.where(weights, values, 0.0) if weights.dtype == torch.bool else values * weights.to(values.dtype)
 
 
 def _without_bias(module: nn.Module, part: Part, y: Tensor) -> Tensor:

@@ -38,9 +38,14 @@ def stretches(deltas: Mapping[Role, Delta]) -> list[Stretch]:
     if not deltas:
         raise ValueError("no delta for any role")
     pieces = {role: _pieces(delta) for role, delta in deltas.items()}
-    bounds = sorted({bound for listed in pieces.values() for piece in listed for bound in piece[:2] if bound})
+    known = [piece for listed in pieces.values() for piece in listed]
+    bounds = sorted({bound for piece in known for bound in piece[:2] if bound})
+    # Where a delta of the whole layer says how many rows there are, nothing is left after the last of them.
+    totals = {piece.delta.outputs for piece in known if piece.stop is None}
     result = []
     for start, stop in zip([0, *bounds], [*bounds, None], strict=True):
+        if start in totals:
+            continue
         here: dict[Role, Delta] = {}
         for role, listed in pieces.items():
             found = [_cut(piece, start, stop) for piece in listed if _covers(piece, start, stop)]

@@ -142,15 +142,6 @@ class Cosine(_PerItem):
         return cosine_distance(base, subject, dim=dim), cosine_distance(base, style, dim=dim)
 
 
-@dataclass
-class _Kept:
-    """What a layer decided last: for whom, when, and the margin [B] or [B, T]."""
-
-    moment: Moment
-    margin: Tensor
-    selection: Selection
-
-
 class _DivergenceRule(Rule):
     def __init__(self, strategy: DivergenceStrategy, pairs: Sequence[Pair]) -> None:
         self._strategy = strategy
@@ -160,7 +151,10 @@ class _DivergenceRule(Rule):
         self._scales: dict[tuple[int, bool], Tensor] = {}
         self._rows: tuple[Row, ...] = ()
         self._scale = torch.empty(0, 2)
-        self._kept: dict[int, _Kept] = {}
+        # For `decide_every`: a layer's last selection for a batch, and the step it was made in.
+        self._kept: dict[tuple[int, tuple[Row, ...]], tuple[int, Selection]] = {}
+        # For `couple_cfg` where a host runs the halves apart: a layer's last margin for a picture's cond half.
+        self._conds: dict[tuple[int, int], Tensor] = {}
         self._bias = 0.0
 
     def begin(self, moment: Moment) -> None:
@@ -171,9 +165,10 @@ class _DivergenceRule(Rule):
 
     def select(self, layer: int, moment: Moment, look: Look) -> Selection:
         strategy = self._strategy
-        kept = self._kept.get(layer)
-        if kept is not None and self._still_good(kept, moment):
-            return kept.selection
+        every = strategy.decide_every
+        kept = self._kept.get((layer, moment.rows)) if every > 1 else None
+        if kept is not None and kept[0] // every == moment.step // every:
+            return kept[1]
         rows = len(moment.rows)
         found = [strategy.divergences(features, self._work) for features in look(strategy.sampled)]
         # Tiles of one picture follow one another in the batch, so that they fold into its row.
@@ -182,37 +177,34 @@ class _DivergenceRule(Rule):
         ratio = _log_ratio(item_subject, item_style)
         margin = _log_ratio(d_subject, d_style) if strategy.per_token else ratio
         if strategy.auto_balance:
-            offset = self._running_mean(ratio)
+            offset = self._running_mean(ratio, torch.minimum(item_subject, item_style) > _FLOOR)
             margin = margin - (offset.unsqueeze(1) if strategy.per_token else offset)
         margin = margin + self._bias
         if strategy.couple_cfg:
-            margin = self._coupled(margin, kept, moment)
+            margin = self._coupled(layer, margin, moment)
         selection = Selection(*strategy.choose(margin), item_subject, item_style)
-        if strategy.decide_every > 1 or (strategy.couple_cfg and moment.split):
-            self._kept[layer] = _Kept(moment, margin, selection)
+        if every > 1:
+            self._kept[layer, moment.rows] = (moment.step, selection)
         return selection
 
-    def _still_good(self, kept: _Kept, moment: Moment) -> bool:
-        every = self._strategy.decide_every
-        return every > 1 and moment.step // every == kept.moment.step // every and moment.rows == kept.moment.rows
-
-    def _coupled(self, margin: Tensor, kept: _Kept | None, moment: Moment) -> Tensor:
+    def _coupled(self, layer: int, margin: Tensor, moment: Moment) -> Tensor:
         """Gives uncond rows their picture's cond margin: from this batch, or from the last one that had it.
 
         Where a host runs the halves in separate calls, uncond first, that is the step before; the very first uncond
         call decides for itself.
         """
-        margin = moment.coupled(margin)
-        if kept is None or not moment.orphans or kept.margin.shape[1:] != margin.shape[1:]:
-            return margin
-        known = [row for row in moment.orphans if moment.rows[row].image in kept.moment.cond_rows]
-        if not known:
-            return margin
-        sources = [kept.moment.cond_rows[moment.rows[row].image] for row in known]
-        # Both index lists depend on the rows alone, so they are sent once and kept.
-        target = moment.indices(known)
-        source = moment.indices(sources)
-        return margin.index_copy(0, target, kept.margin.index_select(0, source))
+        if moment.split:
+            for image, row in moment.cond_rows.items():
+                self._conds[layer, image] = margin[row]
+        if moment.orphans and self._conds:
+            rows = list(margin.unbind())
+            for row in moment.orphans:
+                cond = self._conds.get((layer, moment.rows[row].image))
+                # Another length of prompt is another number of tokens: nothing to take over.
+                if cond is not None and cond.shape == rows[row].shape:
+                    rows[row] = cond
+            margin = torch.stack(rows)
+        return moment.coupled(margin)
 
     def _change_rows(self, moment: Moment) -> None:
         """Puts the old rows' scales away and lays out those of the new ones, [B, 2]: (mean log ratio, decisions)."""
@@ -222,15 +214,16 @@ class _DivergenceRule(Rule):
         self._rows = moment.rows
         self._scale = torch.stack([self._scales.get((row.image, row.cond), start) for row in moment.rows])
 
-    def _running_mean(self, ratio: Tensor) -> Tensor:
+    def _running_mean(self, ratio: Tensor, heard: Tensor) -> Tensor:
         """The mean log ratio [B] of each row's own picture and half so far, this decision included.
 
         It starts from what the networks' weights alone would predict, counted as one forward pass's decisions, so that
-        the first layers are not judged against themselves. Rows never see one another.
+        the first layers are not judged against themselves. A layer on which one role is silent (not `heard` [B]) says
+        nothing of how loud the two are and is left out. Rows never see one another.
         """
         mean, count = self._scale.unbind(1)
-        count += 1
-        mean += (ratio - mean) / count
+        count += heard
+        mean += torch.where(heard, ratio - mean, 0.0) / count
         return mean
 
 

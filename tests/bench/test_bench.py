@@ -18,11 +18,12 @@ from lib_dynfuse.core import Fusion, strategy
 def test_peft_computes_what_the_engine_computes() -> None:
     unet = make_unet("tiny", torch.device("cpu"), torch.float32)
     forward, layers = make_inputs(unet, 64, 2), make_layers(unet, 4)
+    rival = with_peft(unet, layers, 4)
     with torch.inference_mode():
         plain = forward()
         with Fusion(layers, strategy("sum")):
             found = forward()
-        torch.testing.assert_close(found, forward(with_peft(unet, layers, 4)), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found, forward(rival), rtol=1e-4, atol=1e-5)
         assert not torch.allclose(found, plain, rtol=1e-2)
         assert torch.equal(forward(), plain), "neither changes the model itself"
 

@@ -187,16 +187,21 @@ def _generate(host: Any, options: Options, out: Path, seeds: Sequence[int], sett
             }
             files.picture(index, image, infotext(settings["prompt"], settings["negative"], values))
         if record is not None and record.layers:
-            _add_trace(files, record, len(images))
+            _add_trace(files, record, images)
         return files.keep()
 
 
-def _add_trace(files: Batch, record: Record, images: int) -> None:
-    from lib_dynfuse.trace.pictures import heat_map, save
+def _add_trace(files: Batch, record: Record, images: Sequence[Any]) -> None:
+    """What was chosen, as numbers and as a heat map; where, too, for a rule that decides place by place."""
+    import numpy as np
+
+    from lib_dynfuse.trace.pictures import heat_map, overlay, save
 
     files.file(f"{files.stem(0)}-trace.json", record.to_json)
-    for index in range(images):
+    for index, image in enumerate(images):
         files.file(f"{files.stem(index)}-chosen.png", partial(save, heat_map(record, index)))
+        if record.tokens:
+            files.file(f"{files.stem(index)}-where.png", partial(save, overlay(record, index, np.asarray(image))))
     for index, share in record.shares().items():
         say(f"picture {files.stem(index)}: subject {share['subject']:.0%}, style {share['style']:.0%}")
 

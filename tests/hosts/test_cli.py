@@ -91,6 +91,11 @@ def test_pictures_trace_and_heat_map_are_written_and_named(generate: Generate):
     assert "picture 00000-7: subject" in said.errors
 
 
+def test_a_rule_that_decides_place_by_place_also_shows_where(generate: Generate):
+    said = generate(strategy="kl-token", steps=1)
+    assert said.files == ["00000-7-chosen.png", "00000-7-trace.json", "00000-7-where.png", "00000-7.png"]
+
+
 def test_the_next_run_goes_on_counting(generate: Generate):
     generate("a fox", trace=True)
     assert generate("a fox", seed=9, size="64x128").files == ["00000-7.png", "00001-9.png"]

@@ -120,10 +120,10 @@ def kl_pair(
 ) -> tuple[Tensor, Tensor]:
     """The KL divergences of two deltas against one base, sharing everything that depends on the base alone.
 
-    Arguments and results as `kl_divergence`, twice; a divergence near zero may come out slightly negative. A token
-    whose delta is nowhere above 1/16 (times the temperature) takes the first three terms of the divergence's series in
-    the delta's cumulants, within 2e-5 relative. Any other takes the closed form, which leaves an absolute error of a
-    few times 1e-7 * max(1, |delta|).
+    Arguments and results as `kl_divergence`, twice; a divergence near zero may come out slightly negative. Where a
+    delta is nowhere above 1/16 (times the temperature), the first three terms of the divergence's series in the delta's
+    cumulants are taken, within 2e-5 relative; elsewhere the closed form, which leaves an absolute error of a few times
+    1e-7 * max(1, |delta|). On a CPU all tokens of the call take the same of the two, on other devices each its own.
     """
     pair = _Pair(base, temperature, dim, work or Workspace())
     return pair.divergence(first), pair.divergence(second)
@@ -153,15 +153,15 @@ class _Pair:
         return values.sum(self.dim, keepdim=True)
 
     def divergence(self, delta: Tensor) -> Tensor:
-        lowest, highest = torch.aminmax(delta, dim=self.dim, keepdim=True)
-        small = torch.maximum(highest, -lowest).float() * self.scale <= _CUMULANTS_BELOW
+        limit = _CUMULANTS_BELOW / self.scale
         if devices.readable(delta.device):
-            # Usually one of the two forms serves all tokens.
-            if bool(small.all()):
-                return self._by_cumulants(delta).squeeze(self.dim)
-            if not bool(small.any()):
-                return self._closed_form(delta).squeeze(self.dim)
-        return torch.where(small, self._by_cumulants(delta), self._closed_form(delta)).squeeze(self.dim)
+            lowest, highest = torch.aminmax(delta)
+            weak = max(float(highest), -float(lowest)) <= limit
+            found = self._by_cumulants(delta) if weak else self._closed_form(delta)
+        else:
+            largest = torch.maximum(delta.amax(self.dim, keepdim=True), -delta.amin(self.dim, keepdim=True))
+            found = torch.where(largest <= limit, self._by_cumulants(delta), self._closed_form(delta))
+        return found.squeeze(self.dim)
 
     def _closed_form(self, delta: Tensor) -> Tensor:
         powers = self.powers

@@ -139,7 +139,8 @@ def test_the_pair_is_exact_for_weak_deltas_too(size: float, temperature: float) 
         torch.testing.assert_close(one, kl_divergence(base, signed, temperature), rtol=1e-4, atol=1e-20)
 
 
-def test_the_pair_takes_each_token_by_the_form_that_suits_it() -> None:
+def test_away_from_the_cpu_each_token_takes_the_form_that_suits_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lib_dynfuse.core.devices.readable", lambda device: False)
     base = features(15, 64, 320, 1.0)
     delta = features(16, 64, 320, 1.0) * torch.logspace(-5, 1, 64).unsqueeze(1)
     found = kl_pair(base, delta, delta)[0]

@@ -33,7 +33,7 @@ PROMPT = "a red fox"
 ROLES = "<lora:fox:0.8:role=subject><lora:ink:0.6:role=style>"
 SUM = Options(enabled=True, strategy="sum")
 KL = Options(enabled=True, strategy="kl")
-STEPS = 3
+STEPS = 2
 
 
 @pytest.fixture(scope="module")
@@ -145,9 +145,7 @@ def test_an_exception_while_sampling_leaves_nothing_behind(host: Embedded, sd_fo
     assert torch.equal(picture(host, ""), by_diffusers(sd_folder))
 
 
-@pytest.mark.parametrize(
-    ("strategy", "sampler"), [("kl", None), ("random", "DPM++ 2M"), ("kl-token", "Euler a"), ("sum", "LCM")]
-)
+@pytest.mark.parametrize(("strategy", "sampler"), [("kl", None), ("random", "DPM++ 2M"), ("kl-token", "Euler a")])
 def test_a_picture_does_not_depend_on_its_batch(sd_folder: Path, lora_dir: Path, strategy: str, sampler: str | None):
     # In double precision, so that no choice is a tie that rounding decides.
     host = Embedded.load(sd_folder, lora_dir, device="cpu", dtype=torch.float64)
@@ -174,8 +172,9 @@ def test_outside_the_step_window_both_are_added(host: Embedded):
     assert not torch.equal(picture(host, ROLES, never, steps=2), picture(host, ROLES, SUM, steps=2))
 
 
-@pytest.mark.parametrize("layout", ["peft", "diffusers", "raw peft"])
-@pytest.mark.parametrize("role", ["subject", "none"])
+@pytest.mark.parametrize(
+    ("layout", "role"), [("peft", "subject"), ("diffusers", "subject"), ("raw peft", "subject"), ("raw peft", "none")]
+)
 def test_every_layout_gives_the_same_picture(host: Embedded, lora_dir: Path, fox: Factors, layout: str, role: str):
     folder = lora_dir / f"{layout} {role}"
     folder.mkdir()
@@ -258,16 +257,17 @@ def test_a_dora_keeps_its_magnitudes(host: Embedded, sd_folder: Path, lora_dir: 
 
 @pytest.mark.parametrize("role", ["subject", "none"])
 def test_a_load_that_breaks_half_way_leaves_nothing_behind(
-    host: Embedded, sd_folder: Path, role: str, monkeypatch: pytest.MonkeyPatch
+    host: Embedded, sd_folder: Path, lora_dir: Path, ink: Factors, role: str, monkeypatch: pytest.MonkeyPatch
 ):
     def give_up(*_: Any, **__: Any) -> None:
         raise ValueError("no more")
 
+    save_file(in_layout("kohya", ink), lora_dir / f"breaks-{role}.safetensors")
     picture(host, "<lora:detail:1>")
-    tags = f"<lora:detail:1><lora:ink:1:role={role}>"
+    tags = f"<lora:detail:1><lora:breaks-{role}:1:role={role}>"
     with monkeypatch.context() as patch:
         patch.setattr(peft, "set_peft_model_state_dict", give_up)
-        with pytest.raises(DynFuseError, match=r"ink\.safetensors does not fit tiny-sd, .*no more"):
+        with pytest.raises(DynFuseError, match=rf"breaks-{role}\.safetensors does not fit tiny-sd, .*no more"):
             picture(host, tags)
     assert_untouched(host)
     assert torch.equal(picture(host, ""), by_diffusers(sd_folder))
@@ -281,12 +281,13 @@ def test_files_are_read_again_only_when_they_change(
     monkeypatch.setattr(adapters, "open_lora", lambda path: read.append(path.stem) or open_lora(path))
     file = lora_dir / "fresh.safetensors"
     save_file(in_layout("kohya", ink), file)
-    tags = "<lora:fresh:1:role=style><lora:detail:0.5>"
+    save_file(in_layout("kohya", ink), lora_dir / "plain.safetensors")
+    tags = "<lora:fresh:1:role=style><lora:plain:0.5>"
     first = picture(host, tags)
-    assert sorted(read) == ["detail", "fresh"]
+    assert sorted(read) == ["fresh", "plain"]
     picture(host, tags.replace("0.5", "0.7"))
     assert torch.equal(picture(host, tags), first)
-    assert sorted(read) == ["detail", "fresh"]
+    assert sorted(read) == ["fresh", "plain"]
     save_file(in_layout("kohya", {name: (2 * down, up) for name, (down, up) in ink.items()}), file)
     os.utime(file, ns=(1, 1))
     assert not torch.equal(picture(host, tags), first)
@@ -310,8 +311,8 @@ def test_the_trace_has_every_step_and_both_halves(host: Embedded):
     trace = Trace(passes=STEPS)
     picture(host, ROLES, trace=trace, seeds=(1, 2))
     record = trace.read()
-    assert [one.step for one in record.passes] == [0, 1, 2]
-    assert [one.progress for one in record.passes] == [0.0, 0.5, 1.0]
+    assert [one.step for one in record.passes] == [0, 1]
+    assert [one.progress for one in record.passes] == [0.0, 1.0]
     assert [(row.image, row.cond) for row in record.passes[0].rows] == [(0, False), (1, False), (0, True), (1, True)]
     noise = [one.sigma for one in record.passes]
     assert noise == sorted(noise, reverse=True)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from lib_dynfuse.core import Role
+from lib_dynfuse.core import Fusion, Role, Row, strategy
 from lib_dynfuse.core.delta import Delta, Dense, Geometry, LowRank
 
 Layers = dict[str, tuple[nn.Module, dict[Role, Delta]]]
@@ -95,3 +98,31 @@ def merged(model: Toy, layers: Layers, roles: tuple[Role, ...]) -> Toy:
         with torch.no_grad():
             weight.copy_(total)
     return copy
+
+
+BOTH = (Role.SUBJECT, Role.STYLE)
+CFG = [Row(0, cond=False, seed=5), Row(0, cond=True, seed=5)]
+
+
+def fused(model: nn.Module, layers: Layers, name: str, x: Sequence[Tensor], **parameters: Any) -> Tensor:
+    with torch.no_grad(), Fusion(layers, strategy(name, **parameters)):
+        result: Tensor = model(*x)
+    return result
+
+
+class Log:
+    """A trace that keeps what it is given."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self.passes: list[tuple[int, float, tuple[Row, ...]]] = []
+        self.calls: list[tuple[int, Any, Any, Tensor | None, Tensor | None]] = []
+
+    def attach(self, names: Sequence[str]) -> None:
+        self.names = list(names)
+
+    def begin(self, step: int, progress: float, rows: Sequence[Row]) -> None:
+        self.passes.append((step, progress, tuple(rows)))
+
+    def add(self, layer: int, subject: Any, style: Any, d_subject: Tensor | None, d_style: Tensor | None) -> None:
+        self.calls.append((layer, subject, style, d_subject, d_style))

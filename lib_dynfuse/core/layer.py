@@ -261,7 +261,9 @@ def sample_index(tokens: int, wanted: int, device: torch.device) -> Tensor | Non
     key = (tokens, wanted, device)
     if key not in _INDICES:
         places = [int((i + i * _GOLDEN % 1.0) * tokens / wanted) for i in range(wanted)]
-        _INDICES[key] = torch.tensor(places).to(device, non_blocking=True)
+        # It outlives the host's inference mode, and autograd may keep no inference tensor.
+        with torch.inference_mode(False):
+            _INDICES[key] = torch.tensor(places).to(device, non_blocking=True)
     return _INDICES[key]
 
 

@@ -302,3 +302,13 @@ def test_a_part_may_reach_the_last_row_beside_a_network_of_the_whole_layer() -> 
     with torch.no_grad(), Fusion({"a": (layer, dict(deltas))}, strategy("kl"), log):
         layer(torch.randn(2, 3, 4))
     assert log.names == ["a[0:4]", "a[4:8]"]
+
+
+def test_what_was_prepared_in_inference_mode_serves_gradients_later() -> None:
+    layer, x = nn.Linear(8, 8), torch.randn(2, 37, 8)
+    deltas = {role: random_lora(layer, 2, 0.3, torch.Generator().manual_seed(1)) for role in BOTH}
+    for mode in (True, False):
+        with torch.inference_mode(mode), Fusion({"l": (layer, dict(deltas))}, strategy("kl", sample_tokens=5)):
+            found = layer(x.clone().requires_grad_(not mode))
+    found.sum().backward()
+    assert layer.weight.grad is not None

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -110,3 +111,9 @@ def test_options_survive_json():
     options = Options.read({"enabled": True, "strategy": "js", "schedule": -0.5})
     dumped = json.loads(options.model_dump_json() if hasattr(options, "model_dump_json") else options.json())
     assert Options.read(dumped) == options
+
+
+@pytest.mark.parametrize("table", [options_table(), rules_table()], ids=["options", "rules"])
+def test_the_readme_has_exactly_this_table(table: str):
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    assert f"\n\n{table}\n\n" in readme

@@ -173,13 +173,13 @@ class Fusion:
         return fuse
 
     def _fuse_part(self, part: Part, moment: Moment, module: nn.Module, x: Tensor, y: Tensor) -> None:
-        work = part.at_work(module, x, y)
+        work = part.at_work(module, x, y, len(moment.rows))
         if part.index is None:
-            work.add(BOTH, len(moment.rows))
+            work.add(BOTH)
             return
         inside = self._window[0] <= moment.progress <= self._window[1]
         selection = self._rule.select(part.index, moment, work.look) if inside else BOTH
-        work.add(selection, len(moment.rows))
+        work.add(selection)
         if self._trace is not None:
             self._trace.add(part.index, *selection)
 

@@ -34,7 +34,7 @@ class Part:
     def nbytes(self) -> int:
         return self.packed.nbytes if self.packed is not None else sum(delta.nbytes for delta in self.deltas)
 
-    def at_work(self, module: nn.Module, x: Tensor, y: Tensor) -> Work:
+    def at_work(self, module: nn.Module, x: Tensor, y: Tensor, rows: int) -> Work:
         channel_dim = self.deltas[0].channel_dim
         if self.start or self.stop is not None:
             channels = y.shape[channel_dim]
@@ -45,8 +45,8 @@ class Part:
         for delta in self.deltas:
             delta.check(x, y)
         if self.packed is not None:
-            return PackedWork(self.packed, x, y, channel_dim)
-        return PlainWork(self, module, x, y, channel_dim)
+            return PackedWork(self.packed, x, y, channel_dim, rows)
+        return PlainWork(self, module, x, y, channel_dim, rows)
 
 
 @dataclass
@@ -71,20 +71,22 @@ _STRETCH_ELSEWHERE = 1 << 22
 class Work:
     """One part in one forward pass. `tokens` is the output as [B, T, C]; `add` changes it in place.
 
-    Everything is computed in the memory order of the layer's output: channels last for a Linear, first for most
-    convolutions.
+    The batch has `rows` rows, each of one batch item or of several tiles that follow one another. Everything is
+    computed in the memory order of the layer's output: channels last for a Linear, first for most convolutions.
     """
 
-    def __init__(self, x: Tensor, y: Tensor, channel_dim: int) -> None:
+    def __init__(self, x: Tensor, y: Tensor, channel_dim: int, rows: int) -> None:
         self.x = x if x.dtype == y.dtype else x.to(y.dtype)
         self.tokens = as_tokens(y, channel_dim)
+        self.rows = rows
         self.dim = -1 if self.tokens.stride(-1) == 1 else 0
 
-    def look(self, sampled: int) -> Iterator[Features]:
-        """The features of `sampled` tokens of every item, or of all of them (0), stretch by stretch."""
+    def look(self, sampled: int, rows: tuple[int, ...] | None = None) -> Iterator[Features]:
+        """The features of `sampled` tokens of every batch item, or of all of them (0), stretch by stretch; of some rows
+        only where `rows` says which."""
         raise NotImplementedError
 
-    def add(self, selection: Selection, rows: int) -> None:
+    def add(self, selection: Selection) -> None:
         """Adds what the selection gives each role; its tensors are [rows] or [rows, T]."""
         raise NotImplementedError
 
@@ -92,19 +94,28 @@ class Work:
         """[B, T, C] in the output's own memory order: itself, or [B, C, T]."""
         return tokens if self.dim == -1 else tokens.transpose(1, 2)
 
-    def _column(self, weight: Tensor, rows: int) -> Tensor:
+    def _items(self, rows: tuple[int, ...] | None) -> slice | list[int]:
+        """The batch items of some rows; a slice where they follow one another, so that nothing is copied."""
+        if rows is None:
+            return slice(None)
+        tiles = self.tokens.shape[0] // self.rows
+        if rows == tuple(range(rows[0], rows[0] + len(rows))):
+            return slice(rows[0] * tiles, (rows[0] + len(rows)) * tiles)
+        return [row * tiles + tile for row in rows for tile in range(tiles)]
+
+    def _column(self, weight: Tensor) -> Tensor:
         """[rows] or [rows, T] as [B, 1 or T, 1], one weight per token, for the tiles of a row too."""
         batch = self.tokens.shape[0]
         if weight.dim() == 1:
-            weight = weight if batch == rows else weight.repeat_interleave(batch // rows)
+            weight = weight if batch == self.rows else weight.repeat_interleave(batch // self.rows)
             return weight.view(batch, 1, 1)
         return weight.reshape(batch, -1, 1)
 
-    def _stretches(self) -> Iterator[tuple[int | None, slice]]:
-        """(item, tokens) one after another; item None where the tokens of all items lie in one run of memory."""
-        batch, tokens, channels = self.tokens.shape
-        step = max(1, _STRETCH.get(self.tokens.device.type, _STRETCH_ELSEWHERE) // channels)
-        joined = self.tokens.is_contiguous()
+    def _stretches(self, y: Tensor) -> Iterator[tuple[int | None, slice]]:
+        """(item, tokens) of y [B, T, C], one after another; item None where all items lie in one run of memory."""
+        batch, tokens, channels = y.shape
+        step = max(1, _STRETCH.get(y.device.type, _STRETCH_ELSEWHERE) // channels)
+        joined = y.is_contiguous()
         total = batch * tokens if joined else tokens
         for item in [None] if joined else range(batch):
             for start in range(0, total, step):
@@ -120,8 +131,8 @@ class Work:
 class PackedWork(Work):
     """Low-rank deltas: neither of them is ever made as a whole."""
 
-    def __init__(self, packed: Packed, x: Tensor, y: Tensor, channel_dim: int) -> None:
-        super().__init__(x, y, channel_dim)
+    def __init__(self, packed: Packed, x: Tensor, y: Tensor, channel_dim: int, rows: int) -> None:
+        super().__init__(x, y, channel_dim, rows)
         packed.ready(self.x)
         self._packed = packed
         self._hidden: Tensor | None = None
@@ -131,31 +142,42 @@ class PackedWork(Work):
             self._hidden = self._packed.hidden(self.x)
         return self._hidden
 
-    def look(self, sampled: int) -> Iterator[Features]:
-        packed = self._packed
-        index = sample_index(self.tokens.shape[1], sampled, self.tokens.device)
+    def look(self, sampled: int, rows: tuple[int, ...] | None = None) -> Iterator[Features]:
+        packed, items = self._packed, self._items(rows)
+        y = self.tokens[items]
+        index = sample_index(y.shape[1], sampled, y.device)
+        if index is not None and self._winners_only and packed.geometry is None:
+            hidden = packed.hidden(as_tokens(self.x, -1)[items][:, index])
+        elif rows is not None and self._winners_only:
+            hidden = packed.hidden(self.x[items])
+        else:
+            hidden = self._both_hidden()[items]
         if index is not None:
-            hidden = packed.hidden_at(self.x, index, self._both_hidden).flatten(0, 1)
+            hidden = (hidden if hidden.shape[1] == len(index) else hidden[:, index]).flatten(0, 1)
             subject, style = (hidden[:, packed.columns(role)] @ packed.up(role) for role in (0, 1))
-            yield Features(self.tokens[:, index].flatten(0, 1), subject, style, -1)
+            yield Features(y[:, index].flatten(0, 1), subject, style, -1)
             return
-        hidden = self._both_hidden()
-        for where in self._stretches():
+        for where in self._stretches(y):
             here = self._stretch(hidden, *where)
             if self.dim == -1:
                 subject, style = (here[:, packed.columns(role)] @ packed.up(role) for role in (0, 1))
             else:
                 subject, style = (packed.up(role).T @ here[packed.columns(role)] for role in (0, 1))
-            yield Features(self._stretch(self.tokens, *where), subject, style, self.dim)
+            yield Features(self._stretch(y, *where), subject, style, self.dim)
 
-    def add(self, selection: Selection, rows: int) -> None:
+    @property
+    def _winners_only(self) -> bool:
+        """Whether the decision can be read, so that of most tokens and rows only the winner's product is needed."""
+        return devices.readable(self.tokens.device)
+
+    def add(self, selection: Selection) -> None:
         subject, style = selection.subject, selection.style
         packed = self._packed
         if isinstance(subject, Tensor) and isinstance(style, Tensor):
-            if devices.readable(self.tokens.device) and subject.dtype == torch.bool and subject.dim() == 1:
-                self._add_winners(self._column(subject, rows).flatten().tolist())
+            if self._winners_only and subject.dtype == torch.bool and subject.dim() == 1:
+                self._add_winners(self._column(subject).flatten().tolist())
             else:
-                self._add_weighted(subject, style, rows)
+                self._add_weighted(subject, style)
         elif len(packed.ranks) == 1 or subject == style == 1.0:
             packed.add(self.tokens, self._both_hidden())
         else:
@@ -164,7 +186,7 @@ class PackedWork(Work):
                     packed.add(self.tokens, packed.hidden(self.x, role), role, float(weight))
 
     def _add_winners(self, subject_wins: list[bool]) -> None:
-        """Where the decision can be read, only the winner's product is computed."""
+        """Each item's winner alone, neighbours with the same winner together."""
         batch = len(subject_wins)
         start = 0
         for stop in range(1, batch + 1):
@@ -178,12 +200,12 @@ class PackedWork(Work):
             self._packed.add(self.tokens[items], hidden, role)
             start = stop
 
-    def _add_weighted(self, subject: Tensor, style: Tensor, rows: int) -> None:
+    def _add_weighted(self, subject: Tensor, style: Tensor) -> None:
         """Without waiting for the device: both products in one, the hidden columns weighted (the loser's by zero)."""
         hidden = self._both_hidden()
         shares = torch.cat(
             [
-                self._column(weight, rows).expand(-1, -1, rank)
+                self._column(weight).expand(-1, -1, rank)
                 for weight, rank in zip((subject, style), self._packed.ranks, strict=True)
             ],
             -1,
@@ -194,8 +216,8 @@ class PackedWork(Work):
 class PlainWork(Work):
     """Deltas of any kind, each computed by itself."""
 
-    def __init__(self, part: Part, module: nn.Module, x: Tensor, y: Tensor, channel_dim: int) -> None:
-        super().__init__(x, y, channel_dim)
+    def __init__(self, part: Part, module: nn.Module, x: Tensor, y: Tensor, channel_dim: int, rows: int) -> None:
+        super().__init__(x, y, channel_dim, rows)
         self._deltas = part.deltas
         self._base = _without_bias(module, part, y) if any(delta.needs_base for delta in part.deltas) else y
         self._channel_dim = channel_dim
@@ -211,23 +233,24 @@ class PlainWork(Work):
             found = self._computed[role] = as_tokens(found, self._channel_dim)
         return found
 
-    def look(self, sampled: int) -> Iterator[Features]:
-        whole = (self.tokens, self._delta(0), self._delta(1))
+    def look(self, sampled: int, rows: tuple[int, ...] | None = None) -> Iterator[Features]:
+        items = self._items(rows)
+        whole = tuple(one[items] for one in (self.tokens, self._delta(0), self._delta(1)))
         index = sample_index(self.tokens.shape[1], sampled, self.tokens.device)
         if index is not None:
             base, subject, style = (one[:, index].flatten(0, 1) for one in whole)
             yield Features(base, subject, style, -1)
             return
-        for where in self._stretches():
+        for where in self._stretches(whole[0]):
             base, subject, style = (self._stretch(one, *where) for one in whole)
             yield Features(base, subject, style, self.dim)
 
-    def add(self, selection: Selection, rows: int) -> None:
+    def add(self, selection: Selection) -> None:
         target = self._native(self.tokens)
         weights = (selection.subject, selection.style)[: len(self._deltas)]
         for role, weight in enumerate(weights):
             if isinstance(weight, Tensor):
-                target.add_(_weighted(self._native(self._delta(role)), self._native(self._column(weight, rows))))
+                target.add_(_weighted(self._native(self._delta(role)), self._native(self._column(weight))))
             elif weight:
                 target.add_(self._native(self._delta(role)), alpha=weight)
 

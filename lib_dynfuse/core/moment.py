@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ class Moment:
         """The same batch at another step; shares the index tensors."""
         return replace(self, step=step, progress=progress)
 
-    @property
+    @cached_property
     def cond_rows(self) -> dict[int, int]:
         """Where each picture's first cond row stands in the batch."""
         position: dict[int, int] = {}
@@ -37,30 +37,27 @@ class Moment:
                 position.setdefault(row.image, index)
         return position
 
-    @property
-    def orphans(self) -> list[int]:
-        """The uncond rows whose picture has no cond row in this batch."""
-        conds = self.cond_rows
-        return [index for index, row in enumerate(self.rows) if not row.cond and row.image not in conds]
+    @cached_property
+    def deciders(self) -> tuple[int, ...]:
+        """The rows that decide for themselves where cond decides for uncond: all but the uncond rows whose picture has
+        a cond row in this batch."""
+        return tuple(i for i, row in enumerate(self.rows) if row.cond or row.image not in self.cond_rows)
 
-    @property
-    def split(self) -> bool:
-        """Whether a picture's cond row stands here without its uncond row, which then comes in another batch."""
-        return any(row.cond for row in self.rows) and not {row.image for row in self.rows if not row.cond} >= set(
-            self.cond_rows
+    @cached_property
+    def decided_by(self) -> tuple[int, ...]:
+        """For every row the place in `deciders` of the row that decides for it."""
+        place = {row: index for index, row in enumerate(self.deciders)}
+        return tuple(
+            place[index] if index in place else place[self.cond_rows[row.image]] for index, row in enumerate(self.rows)
         )
 
-    def indices(self, values: Sequence[int]) -> Tensor:
-        """`values` as an int64 tensor on the device: sent once, without waiting, and kept while the rows stay."""
-        key = tuple(values)
-        if key not in self._indices:
-            self._indices[key] = torch.tensor(key, dtype=torch.int64).to(self.device, non_blocking=True)
-        return self._indices[key]
+    @cached_property
+    def split(self) -> bool:
+        """Whether a picture's cond row stands here without its uncond row, which then comes in another batch."""
+        return not {row.image for row in self.rows if not row.cond} >= set(self.cond_rows)
 
-    def coupled(self, values: Tensor) -> Tensor:
-        """`values` [B, ...] with every uncond row replaced by its picture's cond row, where the batch has one."""
-        conds = self.cond_rows
-        partners = [index if row.cond else conds.get(row.image, index) for index, row in enumerate(self.rows)]
-        if partners == list(range(len(self.rows))):
-            return values
-        return values.index_select(0, self.indices(partners))
+    def indices(self, values: tuple[int, ...]) -> Tensor:
+        """`values` as an int64 tensor on the device: sent once, without waiting, and kept while the rows stay."""
+        if values not in self._indices:
+            self._indices[values] = torch.tensor(values, dtype=torch.int64).to(self.device, non_blocking=True)
+        return self._indices[values]

@@ -6,7 +6,7 @@ then needs of `d_s = h_s · B_s^T` and `d_t = h_t · B_t^T` is added to the outp
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -69,17 +69,6 @@ class Packed:
         if self.geometry is None:
             return as_tokens(torch.nn.functional.linear(x, down), -1)
         return as_tokens(self.geometry.conv(x, down), 1)
-
-    def hidden_at(self, x: Tensor, index: Tensor, whole: Callable[[], Tensor]) -> Tensor:
-        """`hidden` of the tokens `index` [n] alone: [B, n, r].
-
-        For a Linear on a CPU only these are computed, as the winner's product may be all that is needed of the rest.
-        Elsewhere both roles' hidden features are needed anyway, and gathering a convolution's patches costs what the
-        convolution itself does; `whole()` gives them.
-        """
-        if x.device.type == "cpu" and self.geometry is None:
-            return torch.nn.functional.linear(as_tokens(x, -1)[:, index], self._down)
-        return whole()[:, index]
 
     def columns(self, role: int) -> slice:
         """Where a role's rank stands in `hidden`."""

@@ -28,9 +28,9 @@ class Features(NamedTuple):
     dim: int
 
 
-# Called with how many tokens of each batch item to look at, 0 for all. Gives them in stretches: item by item, token by
-# token.
-Look = Callable[[int], Iterable[Features]]
+# Called with how many tokens of each row to look at, 0 for all, and the rows, None for all. Gives them in stretches:
+# row by row, token by token.
+Look = Callable[[int, "tuple[int, ...] | None"], Iterable[Features]]
 
 
 class Selection(NamedTuple):

@@ -160,8 +160,9 @@ class _DivergenceRule(Rule):
     def begin(self, moment: Moment) -> None:
         lean = self._strategy.balance - self._strategy.schedule * (1 - 2 * moment.progress)
         self._bias = _log_odds(max(-1.0, min(1.0, lean)))
-        if self._strategy.auto_balance and moment.rows != self._rows:
-            self._change_rows(moment)
+        judged = tuple(moment.rows[row] for row in moment.deciders) if self._strategy.couple_cfg else moment.rows
+        if self._strategy.auto_balance and judged != self._rows:
+            self._change_rows(judged, moment.device)
 
     def select(self, layer: int, moment: Moment, look: Look) -> Selection:
         strategy = self._strategy
@@ -169,8 +170,10 @@ class _DivergenceRule(Rule):
         kept = self._kept.get((layer, moment.rows)) if every > 1 else None
         if kept is not None and kept[0] // every == moment.step // every:
             return kept[1]
-        rows = len(moment.rows)
-        found = [strategy.divergences(features, self._work) for features in look(strategy.sampled)]
+        # Where cond decides for uncond, the uncond rows are not even looked at.
+        deciders = moment.deciders if strategy.couple_cfg else None
+        rows = len(moment.rows if deciders is None else deciders)
+        found = [strategy.divergences(features, self._work) for features in look(strategy.sampled, deciders)]
         # Tiles of one picture follow one another in the batch, so that they fold into its row.
         d_subject, d_style = (torch.cat(per_token).view(rows, -1) for per_token in zip(*found, strict=True))
         item_subject, item_style = d_subject.mean(1), d_style.mean(1)
@@ -181,38 +184,43 @@ class _DivergenceRule(Rule):
             margin = margin - (offset.unsqueeze(1) if strategy.per_token else offset)
         margin = margin + self._bias
         if strategy.couple_cfg:
-            margin = self._coupled(layer, margin, moment)
+            margin = self._from_other_batches(layer, margin, moment)
+        if rows < len(moment.rows):
+            everyone = moment.indices(moment.decided_by)
+            margin, item_subject, item_style = (
+                one.index_select(0, everyone) for one in (margin, item_subject, item_style)
+            )
         selection = Selection(*strategy.choose(margin), item_subject, item_style)
         if every > 1:
             self._kept[layer, moment.rows] = (moment.step, selection)
         return selection
 
-    def _coupled(self, layer: int, margin: Tensor, moment: Moment) -> Tensor:
-        """Gives uncond rows their picture's cond margin: from this batch, or from the last one that had it.
+    def _from_other_batches(self, layer: int, margin: Tensor, moment: Moment) -> Tensor:
+        """Gives uncond rows that stand alone their picture's cond margin of the last batch that had it.
 
         Where a host runs the halves in separate calls, uncond first, that is the step before; the very first uncond
         call decides for itself.
         """
         if moment.split:
             for image, row in moment.cond_rows.items():
-                self._conds[layer, image] = margin[row]
-        if moment.orphans and self._conds:
-            rows = list(margin.unbind())
-            for row in moment.orphans:
-                cond = self._conds.get((layer, moment.rows[row].image))
-                # Another length of prompt is another number of tokens: nothing to take over.
-                if cond is not None and cond.shape == rows[row].shape:
-                    rows[row] = cond
-            margin = torch.stack(rows)
-        return moment.coupled(margin)
+                self._conds[layer, image] = margin[moment.decided_by[row]]
+        if not self._conds:
+            return margin
+        rows = list(margin.unbind())
+        for place, row in enumerate(moment.deciders):
+            cond = None if moment.rows[row].cond else self._conds.get((layer, moment.rows[row].image))
+            # Another length of prompt is another number of tokens: nothing to take over.
+            if cond is not None and cond.shape == rows[place].shape:
+                rows[place] = cond
+        return torch.stack(rows)
 
-    def _change_rows(self, moment: Moment) -> None:
+    def _change_rows(self, rows: tuple[Row, ...], device: torch.device) -> None:
         """Puts the old rows' scales away and lays out those of the new ones, [B, 2]: (mean log ratio, decisions)."""
         for index, row in enumerate(self._rows):
             self._scales[row.image, row.cond] = self._scale[index]
-        start = torch.tensor([self._prior, float(self._layers)]).to(moment.device, non_blocking=True)
-        self._rows = moment.rows
-        self._scale = torch.stack([self._scales.get((row.image, row.cond), start) for row in moment.rows])
+        start = torch.tensor([self._prior, float(self._layers)]).to(device, non_blocking=True)
+        self._rows = rows
+        self._scale = torch.stack([self._scales.get((row.image, row.cond), start) for row in rows])
 
     def _running_mean(self, ratio: Tensor, heard: Tensor) -> Tensor:
         """The mean log ratio [B] of each row's own picture and half so far, this decision included.

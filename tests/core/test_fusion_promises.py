@@ -217,6 +217,31 @@ def test_cond_decides_for_uncond_when_every_row_has_its_own_call(seed: int) -> N
     assert picks[2:] == picks[:2]
 
 
+@pytest.mark.parametrize("readable", [True, False])
+@pytest.mark.parametrize("name", ["kl", "kl-token", "kl-soft"])
+@pytest.mark.parametrize("order", [[0, 1, 2, 3], [2, 3, 0, 1], [3, 0, 1, 2]])
+@pytest.mark.parametrize("sampled", [0, 3])
+def test_coupled_rows_may_stand_in_any_order(
+    order: list[int], name: str, sampled: int, readable: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lib_dynfuse.core.devices.readable", lambda device: readable)
+    model = Toy()
+    layers = toy_layers(model)
+    image, time = inputs(4)
+    rows = [Row(0, False), Row(1, False), Row(0, True), Row(1, True)]
+    parameters = {"sample_tokens": sampled} if sampled and name != "kl-token" else {}
+
+    def run(order: list[int]) -> Tensor:
+        with torch.no_grad(), Fusion(layers, strategy(name, couple_cfg=True, **parameters)) as fusion:
+            fusion.rows = [rows[i] for i in order]
+            found = model(image[order], time[order])
+        result = torch.empty_like(found)
+        result[order] = found
+        return result
+
+    torch.testing.assert_close(run(order), run([0, 1, 2, 3]), rtol=1e-5, atol=1e-6)
+
+
 def test_decide_every_holds_when_the_halves_run_apart() -> None:
     layer, log = nn.Linear(16, 16), Log()
     layers: Layers = {"a": (layer, {role: random_lora(layer, 2, 0.3, torch.Generator()) for role in BOTH})}

@@ -42,7 +42,7 @@ def moment(step: int = 0, total: int = 10, rows: list[Row] | None = None) -> Mom
     return Moment(step, step / (total - 1), tuple(rows or [Row(0)]), CPU)
 
 
-def never(_: int) -> Iterator[Features]:
+def never(sampled: int, rows: tuple[int, ...] | None) -> Iterator[Features]:
     raise AssertionError("this rule does not look at the input")
 
 
@@ -64,11 +64,14 @@ class Scene:
         self.subject = torch.randn(items * tokens, 16, generator=generator) * subject
         self.style = torch.randn(items * tokens, 16, generator=generator) * style
         self.asked: list[int] = []
+        self.looked_at: list[int] = []
 
-    def look(self, sampled: int) -> Iterator[Features]:
+    def look(self, sampled: int, rows: tuple[int, ...] | None) -> Iterator[Features]:
         self.asked.append(sampled)
-        half = self.base.shape[0] // 2
-        for part in (slice(0, half), slice(half, None)):
+        tokens = self.shape[1]
+        for row in range(self.base.shape[0] // tokens) if rows is None else rows:
+            self.looked_at.append(row)
+            part = slice(row * tokens, (row + 1) * tokens)
             yield Features(self.base[part], self.subject[part], self.style[part], -1)
 
     def divergences(self) -> tuple[Tensor, Tensor]:
@@ -428,6 +431,7 @@ def test_coupled_the_cond_half_decides_for_the_uncond_half() -> None:
         free, coupled = (select("kl", scene, moment(rows=CFG), couple_cfg=couple) for couple in (False, True))
         subject = torch.as_tensor(coupled.subject)
         assert subject[0] == subject[1] == torch.as_tensor(free.subject)[1]
+        assert scene.looked_at == [0, 1, 1], "coupled, only the cond row is looked at"
         decided.append(bool(torch.as_tensor(free.subject)[0] != torch.as_tensor(free.subject)[1]))
     assert any(decided), "the test needs halves that would differ"
 
@@ -454,7 +458,7 @@ def test_temperature_changes_what_counts() -> None:
     base = torch.tensor([[4.0, 0.0, 0.0, 0.0]])
     subject, style = torch.tensor([[-2.0, 0.0, 0.0, 0.0]]), torch.tensor([[0.0, 1.5, -1.5, 1.5]])
 
-    def look(_: int) -> Iterator[Features]:
+    def look(sampled: int, rows: tuple[int, ...] | None) -> Iterator[Features]:
         yield Features(base, subject, style, -1)
 
     wins = []

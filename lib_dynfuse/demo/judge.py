@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from lib_dynfuse.demo.data import Pictures
 
 BOX = Path(__file__).with_name("judge")
 PIXELS = 64
-WIDTHS = (32, 64, 128, 128)
+WIDTHS = (32, 64, 128, 160)
 
 
 def block(inside: int, outside: int, stride: int) -> nn.Module:
@@ -34,19 +35,17 @@ class Judge(nn.Module):
     def __init__(self, subjects: list[str], styles: list[str], widths: tuple[int, ...] = WIDTHS) -> None:
         super().__init__()
         self.subjects, self.styles, self.widths = subjects, styles, widths
-        layers: list[nn.Module] = []
-        inside = 3
-        for width in widths:
+        layers = [block(3, widths[0], 2)]
+        for inside, width in pairwise(widths):
             layers += [block(inside, width, 2), block(width, width, 1)]
-            inside = width
-        self.trunk = nn.Sequential(*layers)
+        self.early, self.late = nn.Sequential(*layers[:3]), nn.Sequential(*layers[3:])
         self.subject = nn.Linear(widths[-1], len(subjects))
-        self.style = nn.Linear(widths[-1] + widths[0], len(styles))
+        self.style = nn.Linear(widths[-1] + widths[1], len(styles))
 
     def logits(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Pictures [N, 3, 64, 64] in -1..1 to the logits of subject [N, subjects] and style [N, styles]."""
-        early = self.trunk[1](self.trunk[0](images))
-        late = self.trunk[2:](early).mean((2, 3))
+        early = self.early(images)
+        late = self.late(early).mean((2, 3))
         # Line weight and shading are local, so the style head also sees how the first layers respond on average.
         return self.subject(late), self.style(torch.cat([late, early.mean((2, 3))], 1))
 
@@ -132,7 +131,9 @@ def train(
     device: torch.device,
     bar: bool = True,
 ) -> tuple[Judge, loop.Curve]:
-    """Trains on every subject of the data, then keeps those of the split.
+    """Trains on every subject of the data, half the time on those of the split, and then keeps these.
+
+    The many others teach it what a change of style leaves of a thing.
 
     Args:
         pictures: of 64 pixels.
@@ -142,14 +143,18 @@ def train(
     torch.manual_seed(5)
     styles = list(split.JUDGED_STYLES)
     judge = Judge(pictures.names, styles).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    chosen = torch.from_numpy(np.flatnonzero(~held_out(pictures)))
+    may = ~held_out(pictures)
+    everything = torch.from_numpy(np.flatnonzero(may))
+    ours = pictures.where((*split.BASE_SUBJECTS, *split.HELD_SUBJECTS), split.STYLES)
+    ours = torch.from_numpy(ours[may[ours]])
     subject = torch.from_numpy(pictures.subject)
     judged = torch.tensor([styles.index(split.JUDGED_AS[style]) for style in pictures.styles])
     style = judged[torch.from_numpy(pictures.style)]
 
     def loss(step: int, generator: torch.Generator) -> torch.Tensor:
-        index = chosen[torch.randint(len(chosen), (batch,), generator=generator)]
         half = batch // 2
+        index = torch.cat([one[torch.randint(len(one), (half,), generator=generator)] for one in (everything, ours)])
+        index = index[torch.randperm(len(index), generator=generator)]
         images = torch.cat([pictures.images[index[:half]], redrawn[index[half:]]])
         made = judge.logits(vary(images.to(device).float() / 127.5 - 1, generator))
         return cross_entropy(made[0], subject[index].to(device), label_smoothing=0.1) + cross_entropy(

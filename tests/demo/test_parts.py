@@ -129,7 +129,7 @@ def test_a_lora_file_says_what_it_is_for(tmp_path: Path) -> None:
 
 def test_a_judge_comes_back_from_its_folder(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    made = judge.Judge(["fox", "owl", "key"], ["flat", "hc"], (16, 16)).half().float().eval()
+    made = judge.Judge(["fox", "owl", "key"], ["flat", "hc"], (16, 16, 16)).half().float().eval()
     made.save(tmp_path)
     loaded = judge.Judge.load(tmp_path)
     images = torch.rand(9, 3, 64, 64)
@@ -139,14 +139,14 @@ def test_a_judge_comes_back_from_its_folder(tmp_path: Path) -> None:
 
 def test_a_judge_of_fewer_subjects_chooses_among_those() -> None:
     torch.manual_seed(0)
-    made = judge.Judge(["fox", "owl", "key"], ["flat", "hc"], (16, 16)).eval()
+    made = judge.Judge(["fox", "owl", "key"], ["flat", "hc"], (16, 16, 16)).eval()
     images = torch.rand(32, 3, 64, 64)
     few = made.only(["key", "fox"])
     assert torch.equal(few.logits(images)[0], made.logits(images)[0][:, [2, 0]])
 
 
 def test_a_judge_takes_pictures_of_any_size() -> None:
-    made = judge.Judge(["fox", "owl"], ["flat", "hc"], (16, 16)).eval()
+    made = judge.Judge(["fox", "owl"], ["flat", "hc"], (16, 16, 16)).eval()
     subject, style = made(torch.rand(2, 3, 100, 80))
     assert subject.shape == style.shape == (2,)
 

@@ -239,7 +239,7 @@ def test_coupled_rows_may_stand_in_any_order(
         result[order] = found
         return result
 
-    torch.testing.assert_close(run(order), run([0, 1, 2, 3]), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(run(order), run([0, 1, 2, 3]), rtol=1e-4, atol=1e-5)
 
 
 def test_decide_every_holds_when_the_halves_run_apart() -> None:

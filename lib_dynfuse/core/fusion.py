@@ -85,9 +85,13 @@ class Fusion:
         if len(deltas) == 1:
             return Part(start, stop, tuple(deltas.values()), None)
         label = name if stretch.whole else f"{name}[{start}:{'' if stop is None else stop}]"
-        pair = self.strategy.prepare(Pair(label, deltas[Role.SUBJECT], deltas[Role.STYLE]))
+        prepared_from = Pair(label, deltas[Role.SUBJECT], deltas[Role.STYLE])
+        pair = self.strategy.prepare(prepared_from)
         self._pairs.append(pair)
-        return Part(start, stop, (pair.subject, pair.style), len(self._pairs) - 1)
+        part = Part(start, stop, (pair.subject, pair.style), len(self._pairs) - 1)
+        if prepared_from is not pair and self._window != (0.0, 1.0):
+            part.outside = Part(start, stop, (prepared_from.subject, prepared_from.style), part.index)
+        return part
 
     # Where the generation stands: set by the host, read by the rules.
 
@@ -173,11 +177,13 @@ class Fusion:
         return fuse
 
     def _fuse_part(self, part: Part, moment: Moment, module: nn.Module, x: Tensor, y: Tensor) -> None:
+        inside = self._window[0] <= moment.progress <= self._window[1]
+        if not inside and part.outside is not None:
+            part = part.outside
         work = part.at_work(module, x, y, len(moment.rows))
         if part.index is None:
             work.add(BOTH)
             return
-        inside = self._window[0] <= moment.progress <= self._window[1]
         selection = self._rule.select(part.index, moment, work.look) if inside else BOTH
         work.add(selection)
         if self._trace is not None:

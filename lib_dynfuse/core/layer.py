@@ -18,13 +18,15 @@ from lib_dynfuse.core.rules import Features, Selection
 class Part:
     """Output rows `start` to `stop` (None: to the end) of a layer, with one role's delta or both.
 
-    `index` is the pair's number for the rule and the trace, None where only one role has a delta.
+    `index` is the pair's number for the rule and the trace, None where only one role has a delta. `outside` is what
+    stands in outside the step window, where a strategy has changed the deltas.
     """
 
     start: int
     stop: int | None
     deltas: tuple[Delta, ...]
     index: int | None
+    outside: Part | None = None
     packed: Packed | None = field(init=False)
 
     def __post_init__(self) -> None:

@@ -204,11 +204,12 @@ def test_rows_that_do_not_exist_are_named_with_the_layer() -> None:
 # Steps, windows, traces.
 
 
-def test_outside_the_window_both_are_added() -> None:
+@pytest.mark.parametrize("name", sorted(set(strategies()) - {"sum"}))
+def test_outside_the_window_both_are_added(name: str) -> None:
     model, x = Toy(), inputs()
     layers = toy_layers(model)
     both = fused(model, layers, "sum", x)
-    with torch.no_grad(), Fusion(layers, strategy("kl"), window=(0.4, 0.6)) as fusion:
+    with torch.no_grad(), Fusion(layers, strategy(name), window=(0.4, 0.6)) as fusion:
         same = []
         for step in range(5):
             fusion.at(step, 5)

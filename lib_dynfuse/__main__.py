@@ -59,6 +59,7 @@ def bench(
     dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
     methods: Annotated[str, typer.Option(help="A comma between names; without it the usual ones.")] = "",
     repeats: Annotated[int, typer.Option(min=1, help="Rounds, of which the median counts.")] = 7,
+    threads: Annotated[int, typer.Option(min=0, help="Of the processor; 0 takes torch's own number.")] = 0,
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the rows here too.")] = None,
 ) -> None:
     """Measure what fusing costs: time per forward pass, as a ratio to merged weights."""
@@ -67,7 +68,7 @@ def bench(
     chosen = tuple(name.strip() for name in methods.split(",") if name.strip()) or run.DEFAULT
     with one_clear_line():
         try:
-            rows = run.bench(unet, pixels, batch, rank, device, dtype, chosen, repeats, json_file)
+            rows = run.bench(unet, pixels, batch, rank, device, dtype, chosen, repeats, json_file, threads)
         except ValueError as error:
             raise DynFuseError(str(error)) from error
     typer.echo(run.table(rows))

@@ -59,11 +59,13 @@ def bench(
     methods: Sequence[str] = DEFAULT,
     repeats: int = 7,
     out: Path | None = None,
+    threads: int = 0,
 ) -> list[Result]:
     """Times `methods` on the UNet `unet` and returns a row for each; writes them to `out` as JSON.
 
-    Every round runs each method once, so that whatever else the machine does falls on all of them alike. On a CPU it is
-    the process's own processor time that counts, on a GPU the time between two events.
+    Every round runs each method once, so that whatever else the machine does falls on all of them alike. On one CPU
+    thread it is the process's own processor time that counts, on a GPU the time between two events, else the clock's.
+    `threads` of the processor, 0 for torch's own number.
 
     Raises `ValueError` for an unknown UNet, method or dtype, naming what there is.
     """
@@ -73,6 +75,8 @@ def bench(
         _among("method", method, METHODS)
     if pixels % 64 or batch < 1 or rank < 1:
         raise ValueError(f"pixels must be a multiple of 64, batch and rank at least 1, not {pixels}, {batch}, {rank}")
+    if threads:
+        torch.set_num_threads(threads)
     place = torch.device(device)
     model = make_unet(unet, place, getattr(torch, dtype))
     forward = make_inputs(model, pixels, batch)

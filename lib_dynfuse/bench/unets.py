@@ -43,7 +43,9 @@ def make_unet(name: str, device: torch.device, dtype: torch.dtype) -> UNet2DCond
     """The UNet `name` of `CONFIGS`, made on `device` with random weights."""
     with torch.device("meta"):
         unet = UNet2DConditionModel(in_channels=4, out_channels=4, **CONFIGS[name])
-    unet = unet.to(dtype).to_empty(device=device).eval().requires_grad_(False)
+    # Not diffusers' own `to`, which warns of precisions that random weights do not care for.
+    nn.Module.to(unet, dtype)
+    unet.to_empty(device=device).eval().requires_grad_(False)
     generator = torch.Generator(device).manual_seed(0)
     for module in unet.modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)):

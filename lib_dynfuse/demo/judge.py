@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.nn.functional import affine_grid, avg_pool2d, cross_entropy, grid_sample, interpolate
+from torch.nn.functional import affine_grid, avg_pool2d, cross_entropy, grid_sample, interpolate, max_pool2d
 
 from lib_dynfuse.demo import loop, split
 from lib_dynfuse.demo.data import Pictures
@@ -82,10 +82,10 @@ class Judge(nn.Module):
 
 
 def held_out(pictures: Pictures) -> np.ndarray:
-    """[N] True for what the judge never trains on: one picture of each subject of the split, in a style drawn at random.
+    """[N] True for what the judge never trains on: one picture of each subject of the split, its style drawn by lot.
 
-    A truth picture may be among what it trains on: it has to know a high-contrast fox when it sees one. The networks that
-    it judges never see one.
+    A truth picture may be among what it trains on: it has to know a high-contrast fox when it sees one. The networks
+    that it judges never see one.
     """
     mask = np.zeros(len(pictures), dtype=bool)
     generator = np.random.default_rng(5)
@@ -125,6 +125,20 @@ def vary(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     return (images + 0.1 * draw(1, 1, 1) * noise).clamp(-1, 1)
 
 
+def line_art(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Pictures [B, 3, H, W] in -1..1 as black drawings on white: edges, or silhouettes with the edges left out.
+
+    So a subject that the judge has never seen in high contrast is not new to it there.
+    """
+    down, right = images.diff(dim=2, prepend=images[:, :, :1]), images.diff(dim=3, prepend=images[..., :1])
+    edges = (4 * (down.abs() + right.abs()).mean(1, keepdim=True)).clamp(0, 1)
+    edges = max_pool2d(edges, 3, 1, 1)
+    body = (4 * (1 - images).mean(1, keepdim=True)).clamp(0, 1)
+    filled = torch.rand(len(images), 1, 1, 1, generator=generator).to(images.device) < 0.5
+    ink = torch.where(filled, body * (1 - 0.9 * edges), edges)
+    return (1 - 2 * ink).expand_as(images)
+
+
 def train(
     file: Path,
     pictures: Pictures,
@@ -135,9 +149,7 @@ def train(
     device: torch.device,
     bar: bool = True,
 ) -> tuple[Judge, loop.Curve]:
-    """Trains on every subject of the data, mostly on those of the split, and then keeps these.
-
-    The many others teach it what a change of style leaves of a thing.
+    """Trains on the subjects of the split in all styles, but for the pictures that are held out.
 
     Args:
         pictures: of 64 pixels.
@@ -145,29 +157,29 @@ def train(
             batch comes from here, so that the judge is at home with generated pictures.
     """
     torch.manual_seed(5)
-    styles = list(split.JUDGED_STYLES)
-    judge = Judge(pictures.names, styles).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    may = ~held_out(pictures)
-    everything = torch.from_numpy(np.flatnonzero(may))
-    ours = pictures.where((*split.BASE_SUBJECTS, *split.HELD_SUBJECTS), split.STYLES)
-    ours = torch.from_numpy(ours[may[ours]])
-    subject = torch.from_numpy(pictures.subject)
+    known, styles = (*split.BASE_SUBJECTS, *split.HELD_SUBJECTS), list(split.JUDGED_STYLES)
+    judge = Judge(list(known), styles).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    ours = torch.from_numpy(np.setdiff1d(pictures.where(known, split.STYLES), np.flatnonzero(held_out(pictures))))
+    place = torch.tensor([known.index(name) if name in known else -1 for name in pictures.names])
+    subject = place[torch.from_numpy(pictures.subject)]
     judged = torch.tensor([styles.index(split.JUDGED_AS[style]) for style in pictures.styles])
     style = judged[torch.from_numpy(pictures.style)]
     rarity = (1 / torch.bincount(judged).float()).to(device)  # fluent has three drawings of everything
 
     def loss(step: int, generator: torch.Generator) -> torch.Tensor:
-        half, quarter = batch // 2, batch // 4
-        counts = {quarter: everything, batch - quarter: ours}
-        index = torch.cat([of[torch.randint(len(of), (n,), generator=generator)] for n, of in counts.items()])
-        index = index[torch.randperm(len(index), generator=generator)]
+        half = batch // 2
+        index = ours[torch.randint(len(ours), (batch,), generator=generator)]
         images = torch.cat([pictures.images[index[:half]], redrawn[index[half:]]])
-        made = judge.logits(vary(images.to(device).float() / 127.5 - 1, generator))
+        images = images.to(device).float() / 127.5 - 1
+        drawn = torch.rand(batch, generator=generator) < 0.25
+        images[drawn] = line_art(images[drawn], generator)
+        made = judge.logits(vary(images, generator))
+        styled = torch.where(drawn, -100, style[index]).to(device)  # a line drawing of ours has no artist's style
         of_subject = cross_entropy(made[0], subject[index].to(device), label_smoothing=0.1)
-        return of_subject + cross_entropy(made[1], style[index].to(device), weight=rarity)
+        return of_subject + cross_entropy(made[1], styled, weight=rarity)
 
     curve = loop.train(file, judge, loss, schedule, seed=5, bar=bar)
-    return judge.cpu().only([*split.BASE_SUBJECTS, *split.HELD_SUBJECTS]), curve
+    return judge.cpu(), curve
 
 
 def accuracy(judge: Judge, pictures: Pictures, index: np.ndarray) -> dict[str, float]:

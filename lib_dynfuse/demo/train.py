@@ -179,15 +179,14 @@ def train_judge(work: Work) -> None:
         bar=work.bar,
     )
     trained.save(work.out / "judge")
-    held, known = judge.held_out(pictures), [*split.BASE_SUBJECTS, *split.HELD_SUBJECTS]
-    truths, others = np.flatnonzero(pictures.truth), np.flatnonzero(held & ~pictures.truth)
-    truths = np.intersect1d(truths, pictures.where(tuple(known), split.STYLES))
+    held = np.flatnonzero(judge.held_out(pictures))
+    new = np.intersect1d(held, pictures.where((*split.BASE_SUBJECTS, *split.HELD_SUBJECTS), split.HELD_STYLES))
     work.record.curve("judge", curve, preset.judge_batch)
     work.record.figure(
         "judge on real pictures never trained on",
         {
-            "truth pictures": judge.accuracy(trained, pictures, truths),
-            "one picture of each base subject": judge.accuracy(trained, pictures, others),
+            f"one of each subject, {len(held)}": judge.accuracy(trained, pictures, held),
+            f"those of them in {' and '.join(split.HELD_STYLES)}, {len(new)}": judge.accuracy(trained, pictures, new),
         },
     )
 

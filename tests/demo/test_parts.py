@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -151,11 +152,24 @@ def test_a_judge_takes_pictures_of_any_size() -> None:
     assert subject.shape == style.shape == (2,)
 
 
-def test_the_judge_never_trains_on_a_truth_picture(picture_file: Path) -> None:
+def test_one_picture_of_each_subject_is_kept_from_the_judge(picture_file: Path) -> None:
     pictures = data.load(picture_file, 16)
-    held = judge.held_out(pictures)
-    assert held[pictures.truth].all()
-    assert held.sum() == pictures.truth.sum() + len(split.BASE_SUBJECTS)
+    held = np.flatnonzero(judge.held_out(pictures))
+    assert sorted(pictures.subject[held]) == list(range(len(pictures.names)))
+    assert set(pictures.style[held]) == set(range(len(split.STYLES)))
+
+
+def test_line_art_draws_the_edge_of_a_shape_or_fills_it() -> None:
+    picture = torch.ones(40, 3, 16, 16)
+    picture[:, 0, 4:12, 4:12] = -1  # a cyan square
+    drawn = judge.line_art(picture, torch.Generator().manual_seed(0))
+    assert (drawn[:, 0] == drawn[:, 2]).all()  # without colour
+    assert (drawn[:, :, :2] == 1).all()  # on white paper
+    inside, edge = drawn[:, 0, 8, 8], drawn[:, 0, 4, 8]
+    outlined = inside == 1
+    assert 10 < outlined.sum() < 30
+    assert (edge[outlined] == -1).all()
+    assert (inside[~outlined] == -1).all()
 
 
 def test_variations_keep_white_paper_white() -> None:

@@ -151,32 +151,36 @@ def train(
 ) -> tuple[Judge, loop.Curve]:
     """Trains on the subjects of the split in all styles, but for the pictures that are held out.
 
+    Style it learns from all the other subjects too, each style as often.
+
     Args:
         pictures: of 64 pixels.
-        redrawn: uint8, shaped like the pictures: the same as the autoencoder draws them from noisy latents. Half the
-            batch comes from here, so that the judge is at home with generated pictures.
+        redrawn: uint8, shaped like the pictures: as the autoencoder draws them from noisy latents. Half of what
+            it sees comes from here, so that the judge is at home with generated pictures.
     """
     torch.manual_seed(5)
     known, styles = (*split.BASE_SUBJECTS, *split.HELD_SUBJECTS), list(split.JUDGED_STYLES)
     judge = Judge(list(known), styles).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    ours = torch.from_numpy(np.setdiff1d(pictures.where(known, split.STYLES), np.flatnonzero(held_out(pictures))))
-    place = torch.tensor([known.index(name) if name in known else -1 for name in pictures.names])
+    held = held_out(pictures)
+    ours = torch.from_numpy(np.setdiff1d(pictures.where(known, split.STYLES), np.flatnonzero(held)))
+    place = torch.tensor([known.index(name) if name in known else -100 for name in pictures.names])
     subject = place[torch.from_numpy(pictures.subject)]
     judged = torch.tensor([styles.index(split.JUDGED_AS[style]) for style in pictures.styles])
     style = judged[torch.from_numpy(pictures.style)]
-    rarity = (1 / torch.bincount(judged).float()).to(device)  # fluent has three drawings of everything
+    of_style = [torch.from_numpy(np.flatnonzero(~held & (style.numpy() == number))) for number in range(len(styles))]
 
     def loss(step: int, generator: torch.Generator) -> torch.Tensor:
-        half = batch // 2
-        index = ours[torch.randint(len(ours), (batch,), generator=generator)]
-        images = torch.cat([pictures.images[index[:half]], redrawn[index[half:]]])
-        images = images.to(device).float() / 127.5 - 1
-        drawn = torch.rand(batch, generator=generator) < 0.25
+        half, of_each = batch // 2, batch // (2 * len(styles))
+        parts = [(ours, half), *((one, of_each) for one in of_style)]
+        index = torch.cat([of[torch.randint(len(of), (count,), generator=generator)] for of, count in parts])
+        again = (torch.rand(len(index), generator=generator) < 0.5)[:, None, None, None]
+        images = torch.where(again, redrawn[index], pictures.images[index]).to(device).float() / 127.5 - 1
+        drawn = (torch.rand(len(index), generator=generator) < 0.3) & (torch.arange(len(index)) < half)
         images[drawn] = line_art(images[drawn], generator)
         made = judge.logits(vary(images, generator))
         styled = torch.where(drawn, -100, style[index]).to(device)  # a line drawing of ours has no artist's style
-        of_subject = cross_entropy(made[0], subject[index].to(device), label_smoothing=0.1)
-        return of_subject + cross_entropy(made[1], styled, weight=rarity)
+        by_subject = cross_entropy(made[0], subject[index].to(device), label_smoothing=0.1)
+        return by_subject + cross_entropy(made[1], styled)
 
     curve = loop.train(file, judge, loss, schedule, seed=5, bar=bar)
     return judge.cpu(), curve

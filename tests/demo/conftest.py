@@ -28,7 +28,7 @@ TINY = model.Preset(
     subject_steps=1,
     subject_batch=2,
     judge_steps=2,
-    judge_batch=4,
+    judge_batch=8,
 )
 
 

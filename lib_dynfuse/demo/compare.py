@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -169,9 +169,8 @@ def compare(
     methods: Sequence[Method] = METHODS,
     steps: int = 12,
     cfg: float = 3.0,
-    done: Callable[[Pair, Method], None] = lambda pair, method: None,
 ) -> list[Result]:
-    """Every method on every pair, from the same seeds; `done` is told of each as it is finished.
+    """Every method on every pair, from the same seeds.
 
     Raises ValueError for a subject or style that the judge does not know, before anything is made.
     """
@@ -194,7 +193,6 @@ def compare(
             subjects, styles = judge(pictures)
             record = trace.read() if trace else None
             results.append(Result(pair, method, pictures, subjects == subject, styles == style, seconds, record))
-            done(pair, method)
     return results
 
 

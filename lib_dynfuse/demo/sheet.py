@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lib_dynfuse.demo import judge
-from lib_dynfuse.demo.compare import METHODS, Generator, Judge, Pair, Result, Score, compare, wilson
+from lib_dynfuse.demo.compare import METHODS, Method, Pair, Result, Score, compare, wilson
 from lib_dynfuse.hosts.diffusers import Embedded
 from lib_dynfuse.trace.pictures import heat_map, save
 
@@ -46,10 +50,9 @@ def demo(
     Says the table and the files it wrote, and returns those. Raises ValueError for a pair that the box does not have.
     """
     began = time.perf_counter()
-    host, judged_by, truths = open_box(pairs)
-    numbers = range(seeds)
-    with tqdm(total=len(pairs) * len(METHODS), desc="Comparing", unit="method", leave=False) as bar:
-        results = compare(host, judged_by, pairs, numbers, steps=steps, cfg=cfg, done=lambda pair, method: bar.update())
+    truths = {pair: true_picture(pair) for pair in pairs}
+    jobs = [(pair, method) for pair in pairs for method in METHODS]
+    results = list(tqdm(_side_by_side(jobs, seeds, steps, cfg), "Comparing", len(jobs), unit="method", leave=False))
     settings = {"seeds": seeds, "steps": steps, "cfg": cfg, "seconds": round(time.perf_counter() - began, 1)}
     files = write(out, results, truths, settings)
     say(markdown(results, settings))
@@ -57,13 +60,34 @@ def demo(
     return files
 
 
-def open_box(pairs: Sequence[Pair]) -> tuple[Generator, Judge, dict[Pair, npt.NDArray[np.uint8]]]:
-    """The boxed model with its LoRAs, the boxed judges, and each pair's true picture, uint8 [H, W, 3].
+Job = tuple[Pair, Method]
 
-    Raises ValueError for a pair without a true picture.
-    """
-    host = Embedded.load(BOX / "model", BOX / "loras", say=lambda line: None)
-    return host, judge.Judge.load(BOX / "judge"), {pair: true_picture(pair) for pair in pairs}
+
+def _side_by_side(jobs: Sequence[Job], seeds: int, steps: int, cfg: float) -> Iterator[Result]:
+    """Each job's result, in order. On a CPU one process a core, each with one thread: a model this small loses more to
+    threads that wait for each other than it gains."""
+    if torch.cuda.is_available() or torch.backends.mps.is_available():
+        _open_box()
+        yield from (_do(job, seeds, steps, cfg) for job in jobs)
+        return
+    workers = min(os.cpu_count() or 1, len(jobs))
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _open_box) as pool:
+        yield from pool.map(partial(_do, seeds=seeds, steps=steps, cfg=cfg), jobs)
+
+
+_box: dict[str, Any] = {}
+
+
+def _open_box() -> None:
+    """Opens the boxed model, its LoRAs and its judges, once for a process."""
+    torch.set_num_threads(1)
+    _box["host"] = Embedded.load(BOX / "model", BOX / "loras", say=lambda line: None)
+    _box["judge"] = judge.Judge.load(BOX / "judge")
+
+
+def _do(job: Job, seeds: int, steps: int, cfg: float) -> Result:
+    pair, method = job
+    return compare(_box["host"], _box["judge"], [pair], range(seeds), methods=[method], steps=steps, cfg=cfg)[0]
 
 
 def true_picture(pair: Pair) -> npt.NDArray[np.uint8]:

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from lib_dynfuse.demo.compare import METHODS, Pair, Result
-from lib_dynfuse.demo.sheet import BOX, demo, markdown, rows, sheet, true_picture, write
+from lib_dynfuse.demo.sheet import demo, markdown, rows, sheet, true_picture, write
 from lib_dynfuse.trace import Item, Pass, Record
 
 FOX, CUP = Pair("fox", "hc"), Pair("hot beverage", "blob")
@@ -127,7 +127,6 @@ def test_everything_is_written_and_listed(tmp_path: Path) -> None:
     assert (out / "table.md").read_text() == markdown(results(FOX, CUP), SETTINGS)
 
 
-@pytest.mark.skipif(not (BOX / "model" / "model_index.json").exists(), reason="the model is not in the box yet")
 def test_the_demo_runs_on_the_boxed_model(tmp_path: Path) -> None:
     said: list[str] = []
     files = demo(tmp_path, seeds=1, pairs=[FOX], steps=2, say=said.append)

@@ -57,15 +57,6 @@ class Judge(nn.Module):
         subject, style = self.logits(images.float() * 2 - 1)
         return subject.argmax(1), style.argmax(1)
 
-    def only(self, subjects: list[str]) -> Judge:
-        """The same judge, choosing among these subjects alone."""
-        rows = [self.subjects.index(name) for name in subjects]
-        judge = Judge(subjects, self.styles, self.widths)
-        state = self.state_dict()
-        state["subject.weight"], state["subject.bias"] = state["subject.weight"][rows], state["subject.bias"][rows]
-        judge.load_state_dict(state)
-        return judge.eval()
-
     def save(self, folder: Path) -> None:
         """Writes judge.safetensors (fp16) and judge.json."""
         folder.mkdir(parents=True, exist_ok=True)

@@ -76,7 +76,7 @@ def train(
         module.load_state_dict(state["module"], strict=False)
         optimiser.load_state_dict(state["optimiser"])
         torch._foreach_copy_(average, state["average"])
-        curve, finished = Curve(**state["curve"]), state.get("finished", False)
+        curve, finished = Curve(**state["curve"]), state["finished"]
     window: list[torch.Tensor] = []
 
     def save(finished: bool) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -301,19 +300,3 @@ def train_demo(
     work.record.setting(preset=preset, **asdict(sizes), adopted_latents=latents_from is not None, device=device.type)
     for stage in stages:
         STAGES[stage](work)
-
-
-if __name__ == "__main__":
-    import argparse
-
-    parser = argparse.ArgumentParser(description="Train the boxed model.")
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--data", type=Path)
-    parser.add_argument("--preset", choices=list(model.PRESETS), default="cpu")
-    parser.add_argument("--latents-from", type=Path)
-    parser.add_argument("--stages", default=",".join(STAGES))
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--minutes", type=json.loads, default={}, help="such as '{\"unet\": 60}'")
-    given = parser.parse_args()
-    stages = given.stages.split(",")
-    train_demo(given.out, given.data, given.preset, given.latents_from, stages, given.threads, given.minutes)

@@ -182,7 +182,7 @@ def train_judge(work: Work) -> None:
     new = np.intersect1d(held, pictures.where((*split.BASE_SUBJECTS, *split.HELD_SUBJECTS), split.HELD_STYLES))
     work.record.curve("judge", curve, preset.judge_batch)
     work.record.figure(
-        "judge on real pictures never trained on",
+        "judge on real pictures held out of its last training",
         {
             f"one of each subject, {len(held)}": judge.accuracy(trained, pictures, held),
             f"those of them in {' and '.join(split.HELD_STYLES)}, {len(new)}": judge.accuracy(trained, pictures, new),

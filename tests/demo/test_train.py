@@ -41,7 +41,7 @@ def test_the_record_tells_every_stage(tiny: model.Preset, trained: Path) -> None
     stages = {"autoencoder", "text", "unet", "judge", "style-high-contrast", "subject-fox"}
     assert record["stages"].keys() == stages
     assert record["stages"]["unet"]["steps"] == tiny.base_steps
-    assert record["figures"].keys() == {"judge on real pictures never trained on"}
+    assert record["figures"].keys() == {"judge on real pictures held out of its last training"}
 
 
 def test_the_judge_knows_the_split(trained: Path) -> None:

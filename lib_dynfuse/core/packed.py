@@ -84,12 +84,13 @@ class Packed:
 
 
 def add_product(tokens: Tensor, hidden: Tensor, up: Tensor, scale: float = 1.0) -> None:
-    """tokens [B, T, C] += scale * hidden [B, T, r] · up [r, C] (or [B, r, C], one product per item), in place.
+    """tokens [B, T, C] += scale * hidden [B, T, r] · up [r, C], in place.
 
     Both tensors may be transposed views of channel-first memory; the product is then taken in that order.
     """
-    if up.dim() == 2 and tokens.is_contiguous() and hidden.is_contiguous():
-        tokens.view(-1, tokens.shape[-1]).addmm_(hidden.view(-1, hidden.shape[-1]), up, alpha=scale)
+    if tokens.is_contiguous():
+        # One product for all items; a role's columns of `hidden` are flattened without a copy.
+        tokens.view(-1, tokens.shape[-1]).addmm_(hidden.flatten(0, 1), up, alpha=scale)
         return
     up = up.expand(tokens.shape[0], -1, -1)
     if tokens.stride(-1) == 1:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from lib_dynfuse.core.types import Role
 from lib_dynfuse.errors import DynFuseError
 
-__all__ = ["LoraTag", "Prompt", "Role", "RoleError", "parse_prompt", "parse_role"]
+__all__ = ["LoraTag", "Prompt", "Role", "RoleError", "lora_tags", "parse_prompt", "parse_role"]
 
 NO_ROLE = "none"
 _CHOICES = (*(role.value for role in Role), NO_ROLE)
@@ -77,6 +77,11 @@ def parse_prompt(prompt: str) -> Prompt:
     for match in _TAG.finditer(prompt):
         tags.append(_parse_tag(match.group(0), match.group(1), notices))
     return Prompt(_TAG.sub("", prompt), tuple(tags), tuple(notices))
+
+
+def lora_tags(prompt: str) -> list[str]:
+    """The LoRA tags of a prompt as they are written, readable or not."""
+    return [match.group(0) for match in _TAG.finditer(prompt)]
 
 
 def _parse_tag(raw: str, body: str, notices: list[str]) -> LoraTag:

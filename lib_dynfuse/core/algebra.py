@@ -23,17 +23,24 @@ class Geometry:
     padding: tuple[int, ...] | str = (0, 0)
     dilation: tuple[int, ...] = (1, 1)
     groups: int = 1
+    border: str = "zeros"
+    """What lies around the picture: zeros, or what `torch.nn.functional.pad` calls circular, reflect or replicate."""
 
     @classmethod
     def of(cls, module: nn.Conv2d) -> Geometry:
-        """The geometry of a layer. ValueError when it pads with anything but zeros: a delta could not follow it."""
-        if module.padding_mode != "zeros":
-            raise ValueError(f"padding_mode {module.padding_mode!r} is not supported, only 'zeros' is")
-        return cls(module.stride, module.padding, module.dilation, module.groups)
+        """The geometry of a layer. ValueError for a border other than zeros whose width is given in words."""
+        border = module.padding_mode if module.padding != (0, 0) else "zeros"
+        if border != "zeros" and isinstance(module.padding, str):
+            raise ValueError(f"padding_mode {border!r} with padding {module.padding!r} is not supported")
+        return cls(module.stride, module.padding, module.dilation, module.groups, border)
 
     def conv(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, groups: int = 1) -> Tensor:
         """`weight` over `x` with this stride, padding and dilation; the groups are the caller's to choose."""
-        return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, groups)
+        if self.border == "zeros" or isinstance(self.padding, str):
+            return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, groups)
+        tall, wide = self.padding
+        x = F.pad(x, (wide, wide, tall, tall), mode=self.border)
+        return F.conv2d(x, weight, bias, self.stride, 0, self.dilation, groups)
 
 
 @dataclass(frozen=True)

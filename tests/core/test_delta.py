@@ -527,6 +527,19 @@ def test_parameters_that_require_gradients_build_no_graph() -> None:
     assert not Dense(layer.weight, layer.bias)(torch.ones(1, 3), torch.ones(1, 4)).requires_grad
 
 
-def test_a_layer_that_pads_with_a_picture_is_refused() -> None:
-    with pytest.raises(ValueError, match="padding_mode 'circular' is not supported"):
-        Geometry.of(nn.Conv2d(2, 2, 3, padding=1, padding_mode="circular"))
+@pytest.mark.parametrize("border", ["circular", "reflect", "replicate"])
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_a_delta_follows_a_layer_around_the_picture_s_border(border: str, kernel: int) -> None:
+    padding = (1, 2) if kernel == 3 else 0
+    layer = nn.Conv2d(3, 4, kernel, padding=padding, padding_mode=border, bias=False, dtype=torch.float64)
+    down, up = rand(2, 3, kernel, kernel), rand(4, 2, 1, 1)
+    x = rand(2, 3, 6, 5)
+    y = layer(x)
+    with torch.no_grad():
+        layer.weight += (up.flatten(1) @ down.flatten(1)).view_as(layer.weight)
+    same(LowRank(down, up, geometry=Geometry.of(layer))(x, y), layer(x) - y)
+
+
+def test_a_border_whose_width_is_given_in_words_is_refused() -> None:
+    with pytest.raises(ValueError, match="padding_mode 'circular' with padding 'same' is not supported"):
+        Geometry.of(nn.Conv2d(2, 2, 3, padding="same", padding_mode="circular"))

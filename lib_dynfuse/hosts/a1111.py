@@ -1,0 +1,216 @@
+"""AUTOMATIC1111 WebUI 1.10: its built-in Lora extension merges networks into the weights, lazily, layer by layer.
+
+A network with a role is replaced in `networks.loaded_networks` by a copy that lacks its UNet modules, so that the host
+goes on merging everything else; its modules become deltas beside the layers.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from lib_dynfuse.core.delta import Delta, Rows, Sum
+from lib_dynfuse.core.types import Role, Row
+from lib_dynfuse.errors import DynFuseError
+from lib_dynfuse.hosts.a1111_networks import NORMS, delta_of
+from lib_dynfuse.hosts.base import Layers, Place, Tag
+from lib_dynfuse.roles import parse_role
+
+_PART_OF_FUSED = re.compile(r"(.*)_([qkv])_proj$")
+
+
+class Automatic1111:
+    """The host as one generation sees it; `networks` is the module of its Lora extension."""
+
+    name = "AUTOMATIC1111"
+
+    def __init__(self, networks: Any) -> None:
+        self._networks = networks
+        # By the id of the stripped copy in the host's list: the copy, the network itself, its role.
+        self._taken: dict[int, tuple[Any, Any, Role]] = {}
+
+    def read_tags(self, networks: Mapping[str, Sequence[Any]]) -> list[Tag]:
+        tags = [_tag(params.items) for kind in ("lora", "lyco") for params in networks.get(kind, ())]
+        roles: dict[str, Role] = {}
+        for tag in tags:
+            if tag.role is not None and roles.setdefault(tag.name, tag.role) is not tag.role:
+                raise DynFuseError(f"{tag.name} is subject and style at once; a LoRA can have one role only")
+        return tags
+
+    def take(self, tags: Sequence[Tag]) -> list[str]:
+        self._restore()
+        roles = {tag.name: tag.role for tag in tags if tag.role is not None}
+        loaded = self._networks.loaded_networks
+        said = []
+        for place, network in enumerate(loaded):
+            role = roles.get(network.mentioned_name or network.name)
+            if role is None:
+                continue
+            ours, left = self._divide(network)
+            if left:
+                said.append(
+                    f"{network.name}: {len(left)} layers cannot be chosen and stay merged: {left[0]} ..."
+                )
+            if not ours:
+                said.append(f"{network.name} has no layer in the UNet: its role changes nothing")
+                continue
+            stripped = copy.copy(network)
+            stripped.modules = {key: module for key, module in network.modules.items() if key not in ours}
+            # The host looks at names and numbers to see whether a layer has to be merged anew.
+            stripped.dyn_dim = ("without its UNet part", network.dyn_dim)
+            loaded[place] = stripped
+            self._taken[id(stripped)] = (stripped, network, role)
+        found = {network.mentioned_name or network.name for network in loaded}
+        said += [f"no LoRA {name} was found: its role changes nothing" for name in roles if name not in found]
+        return said
+
+    def give_back(self) -> None:
+        self._restore()
+
+    def _restore(self) -> None:
+        """The networks themselves in the host's list, with what the host has set on the copies since."""
+        loaded = self._networks.loaded_networks
+        for place, network in enumerate(loaded):
+            found = self._taken.get(id(network))
+            if found is None:
+                continue
+            _, itself, _ = found
+            for name in ("te_multiplier", "unet_multiplier", "mentioned_name"):
+                setattr(itself, name, getattr(network, name))
+            if not isinstance(network.dyn_dim, tuple):
+                itself.dyn_dim = network.dyn_dim
+            loaded[place] = itself
+        self._taken.clear()
+
+    def layers(self) -> Layers:
+        deltas: dict[str, dict[Role, list[Delta]]] = {}
+        modules = self._unet_modules()
+        for _, network, role in self._taken.values():
+            for key in self._divide(network)[0]:
+                layer, part = self._layer(key)
+                delta = self._delta(network.modules[key], layer, part)
+                deltas.setdefault(modules[id(layer)], {}).setdefault(role, []).append(delta)
+        unet = self._unet
+        return {
+            name: (
+                unet.get_submodule(name),
+                {role: found[0] if len(found) == 1 else Sum(*found) for role, found in deltas[name].items()},
+            )
+            for name in modules.values()
+            if name in deltas
+        }
+
+    def _delta(self, module: Any, layer: nn.Module, part: int | None) -> Delta:
+        if part is None:
+            return delta_of(module, layer, lambda: self._weight(layer))
+        rows = module.shape[0]
+        delta = delta_of(module, layer, lambda: self._weight(layer).chunk(3)[part])
+        return Rows(delta, part * rows, (part + 1) * rows, 3 * rows)
+
+    def _weight(self, layer: Any) -> Tensor:
+        """A layer's weight with the plain networks in it: the host merges only when the layer runs."""
+        from modules import shared
+
+        if shared.opts.lora_functional:
+            self._networks.network_restore_weights_from_backup(layer)
+        else:
+            self._networks.network_apply_weights(layer)
+        whole: Tensor | None = getattr(layer, "fp16_weight", None)  # where the weight itself is kept in 8 bits
+        return (layer.weight if whole is None else whole).detach()
+
+    @property
+    def _model(self) -> Any:
+        from modules import shared
+
+        return shared.sd_model
+
+    @property
+    def _unet(self) -> nn.Module:
+        unet: nn.Module = self._model.model.diffusion_model
+        return unet
+
+    def _unet_modules(self) -> dict[int, str]:
+        """The id of every module of the UNet and its path there, in the order of the network."""
+        return {id(module): name for name, module in self._unet.named_modules()}
+
+    def _layer(self, key: str) -> tuple[Any, int | None]:
+        """The layer that a network's key is about, and which third of it where it is a fused q, k and v."""
+        mapping = self._model.network_layer_mapping
+        if key in mapping:
+            return mapping[key], None
+        found = _PART_OF_FUSED.match(key)
+        return (mapping.get(found[1]), "qkv".index(found[2])) if found else (None, None)
+
+    def _divide(self, network: Any) -> tuple[list[str], list[str]]:
+        """The keys of a network that we can take over, and those in the UNet that we cannot."""
+        unet = self._unet_modules()
+        ours, left = [], []
+        for key in network.modules:
+            layer, part = self._layer(key)
+            if id(layer) not in unet:
+                continue
+            kinds = (nn.Linear, nn.Conv2d, *NORMS) if part is None else (nn.Linear,)
+            (ours if isinstance(layer, kinds) else left).append(key)
+        return ours, left
+
+    def watch(self, before: Callable[[int], None]) -> Callable[[], None]:
+        def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            before((args[0] if args else next(iter(kwargs.values()))).shape[0])
+
+        handle = self._unet.register_forward_pre_hook(look, with_kwargs=True)
+        return handle.remove
+
+    def place(self, params: Any) -> Place:
+        sigma = params.sigma
+        return Place(
+            step=params.sampling_step,
+            total=params.total_sampling_steps,
+            sigma=float(sigma[0]) if sigma.device.type == "cpu" else None,
+            rows=_rows(params),
+        )
+
+
+def _tag(items: Sequence[Any]) -> Tag:
+    """One tag as the host has split it at its colons. Raises RoleError.
+
+    Read from `items`: extensions that move strengths with the steps empty the host's own reading of them.
+    """
+    raw = f"<lora:{':'.join(map(str, items))}>"
+    positional: list[str] = []
+    named: dict[str, str] = {}
+    for item in map(str, items):
+        key, equals, value = item.partition("=")
+        if equals:
+            named[key.strip().lower()] = value
+        else:
+            positional.append(item)
+    role = parse_role(named["role"], raw) if "role" in named else None
+    strength = named.get("unet") or named.get("te") or next(iter(positional[2:3] or positional[1:2]), "1")
+    try:
+        unet = float(strength)
+    except ValueError:  # a schedule of another extension
+        unet = 1.0
+    return Tag(positional[0] if positional else "", unet, role)
+
+
+def _rows(params: Any) -> tuple[Row, ...]:
+    """Cond rows picture by picture (the parts of an AND side by side), then every picture's uncond row."""
+    denoiser = params.denoiser
+    conds = denoiser.sampler.sampler_extra_args["cond"]
+    parts = [len(one) for one in getattr(conds, "batch", ())]
+    seeds = list(getattr(denoiser.p, "seeds", None) or [])
+    seeds += [0] * (len(parts) - len(seeds))
+    rows = [Row(image, True, seeds[image]) for image, count in enumerate(parts) for _ in range(count)]
+    rest = params.x.shape[0] - len(rows)
+    if not parts or rest < 0 or rest % len(parts):
+        return ()
+    return (*rows, *_uncond(rest, seeds, len(parts)))
+
+
+def _uncond(count: int, seeds: Sequence[int], images: int) -> Iterable[Row]:
+    """Once; twice where a model that edits pictures has an unconditional half for the picture too."""
+    return (Row(index % images, False, seeds[index % images]) for index in range(count))

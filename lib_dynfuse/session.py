@@ -1,0 +1,174 @@
+"""One generation in a WebUI: options, host, fusion and trace. Everything that it holds, it gives back."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+from lib_dynfuse.core.fusion import Fusion
+from lib_dynfuse.core.types import Role, Row
+from lib_dynfuse.errors import DynFuseError
+from lib_dynfuse.hosts.base import Host, Layers, Place, Tag
+from lib_dynfuse.options import Options
+from lib_dynfuse.trace import Record, Trace
+
+_log = logging.getLogger("lib_dynfuse")
+_open: list[Session] = []
+_last: Record | None = None
+
+
+def close_all() -> None:
+    """Close whatever an interrupted generation left behind."""
+    while _open:
+        _open[-1].close()
+
+
+def last_record() -> Record | None:
+    """What was chosen in the last batch of pictures that was fused; None before the first."""
+    return _last
+
+
+class Session:
+    """One generation; `say` gets what a person should know, one line at a time and each line once.
+
+    The calls, in order, once per batch of pictures: `activate` (again for a hires pass, with its own LoRAs), `attach`
+    (before every sampling), `step` and the UNet's calls, `finish_batch`. `close` at any time, any number of times.
+    """
+
+    def __init__(self, host: Host, options: Options, say: Callable[[str], None]) -> None:
+        self.options = options
+        self._host = host
+        self._say = say
+        self._said: set[str] = set()
+        self._strategy = options.make_strategy()
+        self._active = False
+        self._fusion: Fusion | None = None
+        self._trace: Trace | None = None
+        self._rows: list[Row] = []
+        self._first_step = 0  # of this sampling, in the trace: a hires pass counts on
+        self._last_step = -1
+        self._attached = ExitStack()
+
+    def tell(self, line: str) -> None:
+        if line not in self._said:
+            self._said.add(line)
+            self._say(line)
+
+    def activate(self, networks: Mapping[str, Sequence[Any]]) -> None:
+        """The host has loaded the prompt's LoRAs: take over those with a role. Never raises; what is wrong is told."""
+        self._detach()
+        self._active = False
+        _open[:] = [*(one for one in _open if one is not self), self]
+        try:
+            tags = self._host.read_tags(networks)
+            if self._worth_taking(tags):
+                for line in self._host.take(tags):
+                    self.tell(line)
+                self._active = True
+        except DynFuseError as error:
+            self._give_up(str(error))
+        except Exception as error:
+            _log.exception("the LoRAs could not be taken over")
+            self._give_up(f"the LoRAs could not be taken over ({type(error).__name__}: {error})")
+        if not self._active:
+            self._host.give_back()
+
+    def _worth_taking(self, tags: Sequence[Tag]) -> bool:
+        names = {role: [str(tag) for tag in tags if tag.role is role] for role in Role}
+        if not any(names.values()):
+            if tags:
+                self.tell("no LoRA has a role, so all are added as always; give one role=subject and one role=style")
+            else:
+                self.tell("the prompt has no LoRA; give it one with role=subject and one with role=style")
+            return False
+        for role, other in ((Role.SUBJECT, Role.STYLE), (Role.STYLE, Role.SUBJECT)):
+            if not names[other]:
+                listed = ", ".join(names[role])
+                self.tell(f"no LoRA has role={other.value}: nothing to choose from, {listed} is applied as it is")
+        return True
+
+    def attach(self, steps: int) -> None:
+        """Sampling is about to begin: fuse in the UNet. Never raises; without fusion the host's own merge is used."""
+        self._detach()
+        if not self._active:
+            return
+        try:
+            layers = self._host.layers()
+            self._check(layers)
+            self._first_step = self._last_step + 1
+            if self._trace is None:
+                self._trace = Trace(passes=max(1, steps), tokens=self.options.strategy == "kl-token")
+            window = (self.options.start, self.options.stop)
+            fusion = Fusion(layers, self._strategy, self._trace, window=window)
+            self._attached.callback(self._host.watch(self._before_unet))
+            self._fusion = self._attached.enter_context(fusion)
+        except DynFuseError as error:
+            self._give_up(str(error))
+        except Exception as error:
+            _log.exception("fusion could not begin")
+            self._give_up(f"fusion could not begin ({type(error).__name__}: {error})")
+
+    def _check(self, layers: Layers) -> None:
+        roles = {role for _, deltas in layers.values() for role in deltas}
+        if len(roles) == 2 and not any(len(deltas) == 2 for _, deltas in layers.values()):
+            self.tell("the subject's and the style's LoRA have no layer in common: each is applied as it is")
+
+    def _give_up(self, reason: str) -> None:
+        """The picture is made as without us."""
+        self._detach()
+        self._active = False
+        self._host.give_back()
+        self.tell(f"not fused: {reason}")
+
+    def step(self, params: Any) -> None:
+        """The host is about to call the UNet for one denoising step."""
+        if self._fusion is None:
+            return
+        place = self._host.place(params)
+        self._move(place)
+
+    def _move(self, place: Place) -> None:
+        assert self._fusion is not None
+        step = self._first_step + place.step
+        self._last_step = max(self._last_step, step)
+        self._fusion.step = step
+        self._fusion.progress = min(1.0, place.step / (place.total - 1)) if place.total > 1 else 0.0
+        self._rows = list(place.rows)
+        if self._trace is not None:
+            self._trace.sigma = place.sigma
+
+    def _before_unet(self, count: int) -> None:
+        """The rows of one call: the host may feed a step's rows in several calls, and cut the last ones off."""
+        if self._fusion is None:
+            return
+        rows, self._rows = self._rows[:count], self._rows[count:]
+        self._fusion.rows = rows if len(rows) == count else []
+
+    def finish_batch(self) -> Record | None:
+        """The pictures of a batch are sampled: give everything back. Returns what was chosen, None without fusion."""
+        global _last
+        trace = self._trace
+        self.close()
+        if trace is None:
+            return None
+        record = trace.read()
+        if not record.layers:
+            return None
+        _last = record
+        return record
+
+    def close(self) -> None:
+        """Everything is as it was before; safe to call again, and a session may be used again after it."""
+        self._detach()
+        self._active = False
+        self._trace = None
+        self._first_step, self._last_step = 0, -1
+        self._host.give_back()
+        _open[:] = [one for one in _open if one is not self]
+
+    def _detach(self) -> None:
+        self._fusion = None
+        self._rows = []
+        self._attached.close()

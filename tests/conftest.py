@@ -6,6 +6,7 @@ import importlib.util
 import os
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
@@ -14,6 +15,12 @@ torch.set_num_threads(1)
 settings.register_profile("local", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("ci", parent=settings.get_profile("local"), derandomize=True, print_blob=True)
 settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--webui", default="", help="address of a running WebUI with the extension, for tests/host and tests/web"
+    )
 
 
 def import_torchvision() -> None:

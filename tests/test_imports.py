@@ -22,6 +22,7 @@ BELOW: dict[str, set[str]] = {
     "options": {"core", "errors", "roles"},
     "infotext": {"core", "errors", "options", "roles"},
     "hosts": {"core", "errors", "options", "roles", "infotext"},
+    "session": {"core", "errors", "guidance", "hosts", "options", "roles", "trace"},
 }
 # Third-party packages that a room may import, besides the standard library.
 PACKAGES: dict[str, set[str]] = {

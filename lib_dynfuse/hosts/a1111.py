@@ -52,9 +52,7 @@ class Automatic1111:
                 continue
             ours, left = self._divide(network)
             if left:
-                said.append(
-                    f"{network.name}: {len(left)} layers cannot be chosen and stay merged: {left[0]} ..."
-                )
+                said.append(f"{network.name}: {len(left)} layers stay merged, they cannot be chosen; first {left[0]}")
             if not ours:
                 said.append(f"{network.name} has no layer in the UNet: its role changes nothing")
                 continue

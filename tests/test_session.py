@@ -1,0 +1,261 @@
+"""One generation in a WebUI: what is taken is given back, whatever happens, and what is wrong is told, not raised."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lib_dynfuse import session as sessions
+from lib_dynfuse.core.delta import LowRank
+from lib_dynfuse.core.types import Role, Row
+from lib_dynfuse.hosts.base import Layers, Place, Tag
+from lib_dynfuse.options import Options
+from lib_dynfuse.roles import RoleError
+from lib_dynfuse.session import Session
+
+BOTH = [Tag("fox", 1.0, Role.SUBJECT), Tag("ink", 0.9, Role.STYLE)]
+
+
+class Hand:
+    """A host in the shape of `Host`: one layer, and a list of what it was asked to do."""
+
+    name = "hand"
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        self.unet = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6))
+        self.taken = False
+        self.failure: Exception | None = None
+        self.roles = (Role.SUBJECT, Role.STYLE)
+
+    def read_tags(self, networks: Mapping[str, Sequence[Any]]) -> list[Tag]:
+        found = networks.get("lora", [])
+        if found == ["wrong"]:
+            raise RoleError("<lora:fox:role=subjekt>: unknown role 'subjekt'")
+        return list(found)
+
+    def take(self, tags: Sequence[Tag]) -> list[str]:
+        self.taken = True
+        return []
+
+    def layers(self) -> Layers:
+        if self.failure is not None:
+            raise self.failure
+        generator = torch.Generator().manual_seed(1)
+
+        def lora(size: float) -> LowRank:
+            return LowRank(torch.randn(2, 6, generator=generator), size * torch.randn(6, 2, generator=generator))
+
+        return {"0": (self.unet[0], {role: lora(0.5 + 0.2 * place) for place, role in enumerate(self.roles)})}
+
+    def watch(self, before: Callable[[int], None]) -> Callable[[], None]:
+        return self.unet.register_forward_pre_hook(lambda module, args: before(args[0].shape[0])).remove
+
+    def place(self, params: Place) -> Place:
+        return params
+
+    def give_back(self) -> None:
+        self.taken = False
+
+
+@pytest.fixture
+def hand() -> Hand:
+    return Hand()
+
+
+@pytest.fixture
+def said() -> list[str]:
+    return []
+
+
+@pytest.fixture(autouse=True)
+def nothing_left() -> Iterator[None]:
+    yield
+    assert sessions._open == []
+
+
+def session(hand: Hand, said: list[str], **options: Any) -> Session:
+    return Session(hand, Options.read({"enabled": True, **options}), said.append)
+
+
+def latents(rows: int, tokens: int = 4) -> Tensor:
+    return torch.randn(rows, tokens, 6, generator=torch.Generator().manual_seed(2))
+
+
+def rows(images: int) -> tuple[Row, ...]:
+    return tuple(Row(image, cond, 40 + image) for cond in (True, False) for image in range(images))
+
+
+def hooks(hand: Hand) -> int:
+    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in hand.unet.modules())
+
+
+def generate(one: Session, hand: Hand, steps: int = 3, images: int = 1, split: bool = False) -> list[Tensor]:
+    """What the host does between loading LoRAs and decoding; `split`: cond and uncond in calls of their own."""
+    outputs = []
+    for step in range(steps):
+        one.step(Place(step, steps, 1.0 / (step + 1), rows(images)))
+        x = latents(2 * images)
+        parts = x.chunk(2) if split else [x]
+        outputs.append(torch.cat([hand.unet(part) for part in parts]))
+    return outputs
+
+
+@torch.no_grad()
+def test_a_generation_from_taking_over_to_giving_back(hand: Hand, said: list[str]) -> None:
+    plain = hand.unet(latents(2))
+    one = session(hand, said)
+    one.activate({"lora": BOTH})
+    assert hand.taken
+    one.attach(3)
+    changed = generate(one, hand)
+    record = one.finish_batch()
+    assert not torch.equal(changed[0], plain)
+    assert torch.equal(hand.unet(latents(2)), plain)
+    assert (hand.taken, hooks(hand), said) == (False, 0, [])
+    assert record is not None
+    assert [one.step for one in record.passes] == [0, 1, 2]
+    assert sessions.last_record() is record
+
+
+@torch.no_grad()
+def test_a_hires_pass_counts_on_in_the_trace_and_begins_anew_in_progress(hand: Hand, said: list[str]) -> None:
+    one = session(hand, said)
+    for steps in (3, 2):
+        one.activate({"lora": BOTH})
+        one.attach(steps)
+        generate(one, hand, steps)
+    record = one.finish_batch()
+    assert record is not None
+    assert [each.step for each in record.passes] == [0, 1, 2, 3, 4]
+    assert [each.progress for each in record.passes] == [0, 0.5, 1, 0, 1]
+
+
+@torch.no_grad()
+def test_attaching_twice_is_attaching_once(hand: Hand, said: list[str]) -> None:
+    one = session(hand, said)
+    one.activate({"lora": BOTH})
+    one.attach(3)
+    once = hooks(hand)
+    one.attach(3)
+    assert hooks(hand) == once
+    one.close()
+    assert hooks(hand) == 0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rule", ["kl", "kl-token", "random"])
+def test_a_step_fed_in_several_calls_is_the_same_step(hand: Hand, said: list[str], rule: str) -> None:
+    outputs = []
+    for split in (False, True):
+        one = session(hand, said, strategy=rule)
+        one.activate({"lora": BOTH})
+        one.attach(2)
+        outputs.append(generate(one, hand, 2, images=3, split=split))
+        record = one.finish_batch()
+        assert record is not None
+        assert [row.cond for row in record.passes[0].rows] == ([True] * 3 if split else [True] * 3 + [False] * 3)
+    for whole, parts in zip(*outputs, strict=True):
+        torch.testing.assert_close(whole, parts)
+
+
+@torch.no_grad()
+def test_rows_that_the_host_cuts_off_are_not_missed(hand: Hand, said: list[str]) -> None:
+    one = session(hand, said)
+    one.activate({"lora": BOTH})
+    one.attach(1)
+    one.step(Place(0, 1, None, rows(2)))
+    hand.unet(latents(2))
+    record = one.finish_batch()
+    assert record is not None
+    assert [(row.image, row.cond) for row in record.passes[0].rows] == [(0, True), (1, True)]
+
+
+@pytest.mark.parametrize(
+    ("tags", "told", "taken"),
+    [
+        ([], "the prompt has no LoRA", False),
+        ([Tag("fox", 1.0, None)], "no LoRA has a role", False),
+        (["wrong"], "not fused: <lora:fox:role=subjekt>: unknown role 'subjekt'", False),
+        (BOTH[:1], "no LoRA has role=style: nothing to choose from, fox 1 is applied as it is", True),
+        (BOTH[1:], "no LoRA has role=subject: nothing to choose from, ink 0.9 is applied as it is", True),
+    ],
+)
+def test_what_is_missing_is_told_once(hand: Hand, said: list[str], tags: list[Any], told: str, taken: bool) -> None:
+    one = session(hand, said)
+    for _ in range(2):
+        one.activate({"lora": tags})
+    assert hand.taken is taken
+    assert len(said) == 1
+    assert said[0].startswith(told)
+    one.close()
+
+
+@torch.no_grad()
+def test_networks_without_a_common_layer_are_told(hand: Hand, said: list[str]) -> None:
+    one = session(hand, said)
+    one.activate({"lora": BOTH})
+    second = hand.unet[2]
+    layers = hand.layers()
+    module, deltas = layers["0"]
+    hand.layers = lambda: {  # type: ignore[method-assign]
+        "0": (module, {Role.SUBJECT: deltas[Role.SUBJECT]}),
+        "2": (second, {Role.STYLE: deltas[Role.STYLE]}),
+    }
+    one.attach(1)
+    assert said == ["the subject's and the style's LoRA have no layer in common: each is applied as it is"]
+    one.close()
+
+
+@torch.no_grad()
+def test_fusion_that_cannot_begin_leaves_the_host_to_merge(hand: Hand, said: list[str]) -> None:
+    hand.failure = RuntimeError("out of memory")
+    plain = hand.unet(latents(2))
+    one = session(hand, said)
+    one.activate({"lora": BOTH})
+    one.attach(1)
+    assert said == ["not fused: fusion could not begin (RuntimeError: out of memory)"]
+    assert (hand.taken, hooks(hand)) == (False, 0)
+    assert torch.equal(generate(one, hand, 1)[0], plain)
+    assert one.finish_batch() is None
+
+
+@torch.no_grad()
+def test_a_generation_that_broke_off_is_cleared_away_by_the_next(hand: Hand, said: list[str]) -> None:
+    plain = hand.unet(latents(2))
+    one = session(hand, said)
+    one.activate({"lora": BOTH})
+    one.attach(3)
+    generate(one, hand, 1)
+    sessions.close_all()
+    assert (hand.taken, hooks(hand)) == (False, 0)
+    assert torch.equal(hand.unet(latents(2)), plain)
+
+
+@torch.no_grad()
+def test_nothing_is_fused_where_the_prompt_gives_no_roles(hand: Hand, said: list[str]) -> None:
+    one = session(hand, said)
+    one.activate({"lora": [Tag("fox", 1.0, None)]})
+    one.attach(1)
+    one.step(Place(0, 1, None, rows(1)))
+    assert hooks(hand) == 0
+    assert one.finish_batch() is None
+
+
+@torch.no_grad()
+def test_the_step_window_is_the_options(hand: Hand, said: list[str]) -> None:
+    shares = {}
+    for start in (0.0, 1.0):
+        one = session(hand, said, start=start, stop=1.0)
+        one.activate({"lora": BOTH})
+        one.attach(4)
+        generate(one, hand, 4)
+        record = one.finish_batch()
+        assert record is not None
+        shares[start] = record.values[0, 0, 0, :2].tolist()
+    assert sorted(shares[0.0]) == [0, 1]
+    assert shares[1.0] == [1, 1]

@@ -77,6 +77,9 @@ class Options(BaseModel, extra="forbid"):
     @classmethod
     def read(cls, values: Mapping[str, Any]) -> Options:
         """Options from outside. Raises OptionsError that names every wrong field and what is allowed there."""
+        changed = [said for option in FIELDS if (said := _would_change(option, values.get(option.name)))]
+        if changed:
+            raise OptionsError("; ".join(changed))
         try:
             options = cls(**values)
         except ValidationError as error:
@@ -176,6 +179,16 @@ def _applying(name: str) -> list[str]:
     info = strategies().get(name)
     known = {parameter.name for parameter in info.parameters} if info else set()
     return [shared for shared in _shared_names() if shared in known]
+
+
+def _would_change(option: Option, value: Any) -> str:
+    """What to say of a value that pydantic takes for another: 1 cuts 64.5 to a whole 64, both take true for 1."""
+    if option.minimum is None:
+        return ""
+    whole = isinstance(option.default, int)
+    if not isinstance(value, bool) and not (whole and isinstance(value, float) and not value.is_integer()):
+        return ""
+    return f"{option.name}: {value!r} is not a {'whole ' if whole else ''}number; allowed: {option.allowed}"
 
 
 def _sentence(error: Any) -> str:

@@ -58,6 +58,7 @@ def test_a_number_is_taken_inside_its_range_and_refused_with_the_range_outside(o
         ({"start": 0.6, "stop": 0.5}, ["start 0.6", "stop 0.5"]),
         ({"balance": 3, "temperature": 0}, ["balance", "-1 to 1", "temperature", "0.01 to 100"]),
         ({"sample_tokens": "many"}, ["sample_tokens", "0 to 4096"]),
+        ({"sample_tokens": 64.5, "balance": True}, ["sample_tokens: 64.5", "whole number", "balance: True", "-1 to 1"]),
         ({"enabled": "perhaps"}, ["enabled", "on, off"]),
     ],
 )

@@ -92,8 +92,8 @@ class Record:
                 found[image] = {"subject": 1 - style, "style": style}
         return found
 
-    def to_json(self, path: Path) -> None:
-        """Write the record; numbers keep six significant digits, NaN and infinity become null."""
+    def dumps(self) -> str:
+        """The record as JSON; numbers keep six significant digits, NaN and infinity become null."""
         content = {
             "format": FORMAT,
             "layers": self.layers,
@@ -109,7 +109,11 @@ class Record:
             ],
             "tokens": {layer: _nested(values) for layer, values in self.tokens.items()},
         }
-        _write(path, json.dumps(content, separators=(",", ":"), allow_nan=False))
+        return json.dumps(content, separators=(",", ":"), allow_nan=False)
+
+    def to_json(self, path: Path) -> None:
+        """Write what `dumps` says, the whole file or none of it."""
+        _write(path, self.dumps())
 
     @classmethod
     def from_json(cls, path: Path) -> Record:

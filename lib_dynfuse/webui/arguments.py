@@ -1,0 +1,77 @@
+"""What arrives at the script, from the panel or the API, as `Options`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lib_dynfuse.options import FIELDS, Options, OptionsError
+
+# The panel's components stand in this order, so this is what a positional list means.
+ORDER: tuple[str, ...] = tuple(option.name for option in FIELDS)
+_WORDS = {"on": True, "true": True, "off": False, "false": False}
+
+
+def read_arguments(args: Sequence[Any], overrides: Mapping[str, Any] | None = None) -> Options:
+    """The options of one generation.
+
+    args: a single dict of options by name; or values in `ORDER`, of which the last may be missing and None means the
+        default; or nothing. The WebUI puts the panel's defaults behind what the API was given, so a dict in the first
+        place wins and what follows it is ignored.
+    overrides: options that take the place of those in `args`, as an XYZ axis sets them.
+
+    Raises OptionsError that names every wrong option and what is allowed.
+    """
+    return read_values({**_by_name(args), **(overrides or {})})
+
+
+def read_values(values: Mapping[str, Any]) -> Options:
+    """Options by name, as `Options.read`, where `parameters` may also be the panel's text."""
+    parameters = values.get("parameters")
+    if isinstance(parameters, str):
+        values = {**values, "parameters": parse_parameters(parameters)}
+    return Options.read(values)
+
+
+def _by_name(args: Sequence[Any]) -> dict[str, Any]:
+    if args and isinstance(args[0], Mapping):
+        return dict(args[0])
+    if len(args) > len(ORDER):
+        raise OptionsError(f"{len(args)} arguments, at most {len(ORDER)} are allowed: {', '.join(ORDER)}")
+    return {name: value for name, value in zip(ORDER, args, strict=False) if value is not None}
+
+
+def parse_parameters(text: str) -> dict[str, Any]:
+    """`softness=0.5, standardise=on` -> {"softness": 0.5, "standardise": True}; commas or semicolons between.
+
+    Raises OptionsError for a part that is not name=value, and for a name that is given twice.
+    """
+    parameters: dict[str, Any] = {}
+    for part in filter(None, (part.strip() for part in re.split("[,;\n]", text))):
+        name, equals, value = (piece.strip() for piece in part.partition("="))
+        if not (name and equals and value):
+            raise OptionsError(f"parameters: {part!r} is not name=value; write for example softness=0.5")
+        if name in parameters:
+            raise OptionsError(f"parameters: {name} is given twice")
+        parameters[name] = _value(value)
+    return parameters
+
+
+def format_parameters(parameters: Mapping[str, Any]) -> str:
+    """The text that `parse_parameters` reads, as the panel shows it."""
+    words = {True: "on", False: "off"}
+    return ", ".join(
+        f"{name}={words[value] if isinstance(value, bool) else value}" for name, value in parameters.items()
+    )
+
+
+def _value(text: str) -> bool | int | float | str:
+    if text.lower() in _WORDS:
+        return _WORDS[text.lower()]
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text

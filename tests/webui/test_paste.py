@@ -1,0 +1,126 @@
+"""A picture's infotext, pasted back, gives the options that made it."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lib_dynfuse.core.strategies import Parameter, strategies
+from lib_dynfuse.infotext import infotext
+from lib_dynfuse.options import FIELDS, Options
+from lib_dynfuse.webui.arguments import read_arguments
+from lib_dynfuse.webui.infotext import fields_from_infotext, paste_value
+
+# The WebUI's own reader of an infotext's last line (modules/infotext_utils.py).
+WEBUI_PAIR = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
+SHARED = {option.name for option in FIELDS}
+
+
+def read_by_the_webui(text: str) -> dict[str, str]:
+    last = text.strip().split("\n")[-1]
+    return {
+        key: json.loads(value) if value.startswith('"') and value.endswith('"') else value
+        for key, value in WEBUI_PAIR.findall(last)
+    }
+
+
+def written(options: Options) -> dict[str, str]:
+    values = {"Steps": 20, "Sampler": "Euler a", **options.infotext(), "Version": "v1.10.1"}
+    return read_by_the_webui(infotext("a fox, <lora:fox:1:role=subject>", "blurry", values))
+
+
+def allowed(entry: Any) -> st.SearchStrategy[Any]:
+    """Any value that an option or a rule's parameter may have."""
+    if isinstance(entry.default, bool):
+        return st.booleans()
+    if entry.choices:
+        return st.sampled_from(entry.choices)
+    kind = st.integers if isinstance(entry.default, int) else st.floats
+    return kind(entry.minimum, entry.maximum)
+
+
+def own(rule: str) -> list[Parameter]:
+    return [parameter for parameter in strategies()[rule].parameters if parameter.name not in SHARED]
+
+
+@st.composite
+def any_options(draw: st.DrawFn) -> Options:
+    values = {option.name: draw(allowed(option)) for option in FIELDS if option.name not in ("parameters", "trace")}
+    values["start"], values["stop"] = sorted((values["start"], values["stop"]))
+    parameters = {one.name: draw(allowed(one)) for one in own(values["strategy"])}
+    chosen = draw(st.sets(st.sampled_from(sorted(parameters)))) if parameters else set()
+    return Options.read({**values, "enabled": True, "parameters": {name: parameters[name] for name in chosen}})
+
+
+@given(any_options())
+def test_every_option_comes_back(options: Options):
+    assert Options.read(fields_from_infotext(written(options))) == options
+
+
+@given(any_options())
+def test_what_the_panel_shows_after_pasting_is_read_as_the_same_options(options: Options):
+    params = written(options)
+    shown = [paste_value(option.name)(params) for option in FIELDS]
+    assert read_arguments(shown) == options
+
+
+@given(any_options())
+def test_values_have_the_type_of_the_panels_component(options: Options):
+    # The host makes the component's own type of what is pasted: an int there would cut 0.5 to 0.
+    params = written(options)
+    for option in FIELDS:
+        value = paste_value(option.name)(params)
+        if option.name == "trace":
+            assert value is None
+        else:
+            assert type(value) is (str if option.name == "parameters" else type(option.default))
+
+
+def test_what_is_at_its_default_is_set_back_to_it():
+    values = fields_from_infotext(written(Options(enabled=True, balance=0.5)))
+    assert values == {
+        option.name: {"enabled": True, "balance": 0.5}.get(option.name, option.default)
+        for option in FIELDS
+        if option.name != "trace"
+    }
+
+
+def test_a_picture_made_without_us_switches_us_off_and_leaves_the_rest():
+    params = written(Options(balance=0.5))
+    assert fields_from_infotext(params) == {}
+    assert paste_value("enabled")(params) is False
+    assert {paste_value(option.name)(params) for option in FIELDS if option.name != "enabled"} == {None}
+
+
+def test_the_same_option_has_the_same_function_in_both_tabs():
+    # The host's "Send to img2img" copies those fields whose target is in `paste_field_names`.
+    assert [paste_value(option.name) for option in FIELDS] == [paste_value(option.name) for option in FIELDS]
+    assert len({paste_value(option.name) for option in FIELDS}) == len(FIELDS)
+
+
+@pytest.mark.parametrize(
+    "newer",
+    [
+        {"DynFuse strategy": "telepathy", "DynFuse parameters": '{"mind": 3}'},
+        {"DynFuse balance": "7"},
+        {"DynFuse balance": "left"},
+        {"DynFuse decide every": "2.5"},
+        {"DynFuse auto balance": "perhaps"},
+        {"DynFuse parameters": "{"},
+        {"DynFuse parameters": '{"softness": 1}'},
+        {"DynFuse aura": "0.5", "DynFuse enabled": "False"},
+    ],
+)
+def test_what_a_newer_version_wrote_is_left_at_its_default_and_the_rest_is_read(newer: dict[str, str]):
+    params = {"DynFuse": "99.0.0", "DynFuse schedule": "0.5", **newer}
+    assert Options.read(fields_from_infotext(params)) == Options(enabled=True, schedule=0.5)
+
+
+def test_an_empty_step_window_is_not_pasted():
+    params = {"DynFuse": "99.0.0", "DynFuse start": "0.5", "DynFuse stop": "0.25"}
+    assert Options.read(fields_from_infotext(params)) == Options(enabled=True, start=0.5)

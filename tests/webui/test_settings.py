@@ -1,0 +1,96 @@
+"""The settings page; the fake has the shape of the host's modules.shared."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+from lib_dynfuse.webui import settings
+
+
+class OptionInfo:
+    def __init__(self, default=None, label="", component=None, component_args=None, section=None):
+        self.default, self.label, self.component, self.args, self.section = (
+            default, label, component, component_args, section,
+        )  # fmt: skip
+        self.onchange: Any = None
+        self.comment = ""
+
+    def info(self, text: str) -> OptionInfo:
+        self.comment = text
+        return self
+
+
+class Opts:
+    """As the host's: attributes come from the stored data first, then from the known options' defaults."""
+
+    def __init__(self, data: dict[str, Any]) -> None:
+        self.data, self.data_labels = data, {}
+
+    def __getattr__(self, item: str) -> Any:
+        if item in self.data:
+            return self.data[item]
+        if item in self.data_labels:
+            return self.data_labels[item].default
+        raise AttributeError(item)
+
+    def add_option(self, key: str, info: OptionInfo) -> None:
+        self.data_labels[key] = info
+
+    def onchange(self, key: str, function: Any, call: bool = True) -> None:
+        self.data_labels[key].onchange = function
+        if call:
+            function()
+
+
+@pytest.fixture
+def opts(monkeypatch: pytest.MonkeyPatch) -> Iterator[Opts]:
+    found = Opts({})
+    modules, gradio = ModuleType("modules"), ModuleType("gradio")
+    modules.shared = SimpleNamespace(opts=found, OptionInfo=OptionInfo)  # type: ignore[attr-defined]
+    gradio.Radio, gradio.Textbox = "radio", "textbox"  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "modules", modules)
+    monkeypatch.setitem(sys.modules, "gradio", gradio)
+    logger = logging.getLogger("lib_dynfuse")
+    level = logger.level
+    yield found
+    logger.setLevel(level)
+
+
+def test_every_setting_is_on_our_page_with_its_help(opts: Opts):
+    settings.on_ui_settings()
+    assert list(opts.data_labels) == [
+        "dynfuse_encoder_folder", "dynfuse_guidance_device", "dynfuse_guidance_dtype", "dynfuse_log_level",
+    ]  # fmt: skip
+    for info in opts.data_labels.values():
+        assert info.section == ("dynfuse", "Dynamic LoRA Fusion")
+        assert info.comment
+        assert info.component == ("radio" if info.args else "textbox")
+
+
+def test_a_value_is_the_stored_one_or_the_default(opts: Opts):
+    assert settings.value("dynfuse_guidance_dtype") == "auto"
+    settings.on_ui_settings()
+    opts.data.update({"dynfuse_guidance_dtype": "float16", "dynfuse_encoder_folder": "/models/clip"})
+    assert settings.value("dynfuse_guidance_dtype") == "float16"
+    assert settings.value("dynfuse_encoder_folder") == "/models/clip"
+
+
+@pytest.mark.parametrize("stored", ["float8", 16, None])
+def test_a_stored_value_that_is_not_allowed_is_not_used(opts: Opts, stored: Any):
+    opts.data["dynfuse_guidance_dtype"] = stored
+    assert settings.value("dynfuse_guidance_dtype") == "auto"
+
+
+def test_the_log_level_is_applied_at_the_start_and_when_it_changes(opts: Opts):
+    opts.data["dynfuse_log_level"] = "WARNING"
+    settings.on_ui_settings()
+    assert logging.getLogger("lib_dynfuse").level == logging.WARNING
+    opts.data["dynfuse_log_level"] = "DEBUG"
+    opts.data_labels["dynfuse_log_level"].onchange()
+    assert logging.getLogger("lib_dynfuse").level == logging.DEBUG

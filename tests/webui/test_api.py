@@ -1,0 +1,105 @@
+"""Our routes, and what the host's txt2img and img2img answer to arguments of ours that are wrong."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lib_dynfuse import __version__
+from lib_dynfuse.core.strategies import strategies
+from lib_dynfuse.options import FIELDS
+from lib_dynfuse.trace import Item, Pass, Record
+from lib_dynfuse.webui import api
+from lib_dynfuse.webui.arguments import ORDER
+
+
+def record() -> Record:
+    values = np.ones((1, 1, 1, 4), np.float32)
+    return Record(["down_blocks.0.attn"], [Pass(0, 0.0, 14.5, (Item(0, True),))], values)
+
+
+def request(entry: Any, title: str = "DynFuse") -> dict[str, Any]:
+    return {"prompt": "a fox", "alwayson_scripts": {"ADetailer": {"args": [1]}, title: entry}}
+
+
+def test_the_schema_is_json_and_names_every_option_and_rule():
+    schema = json.loads(json.dumps(api.schema()))
+    assert schema["title"] == "DynFuse"
+    assert schema["version"] == __version__
+    assert schema["order"] == list(ORDER)
+    assert [option["name"] for option in schema["options"]] == [option.name for option in FIELDS]
+    assert [rule["name"] for rule in schema["rules"]] == list(strategies())
+    balance = next(option for option in schema["options"] if option["name"] == "balance")
+    assert (balance["type"], balance["minimum"], balance["maximum"]) == ("number", -1, 1)
+    assert balance["infotext"] == "DynFuse balance"
+    soft = next(rule for rule in schema["rules"] if rule["name"] == "kl-soft")
+    assert "softness" in [parameter["name"] for parameter in soft["parameters"]]
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [{}, {"args": []}, {"args": [{"enabled": True, "strategy": "js"}]}, {"args": [True, "js", 0.5]}],
+)
+def test_right_arguments_pass(entry: dict[str, Any]):
+    assert api.wrong_arguments(request(entry)) == ""
+
+
+@pytest.mark.parametrize("body", [None, [], "text", {}, {"alwayson_scripts": None}, {"alwayson_scripts": {"X": 1}}])
+def test_a_request_that_says_nothing_to_us_is_no_matter_of_ours(body: Any):
+    assert api.wrong_arguments(body) == ""
+
+
+@pytest.mark.parametrize("title", ["DynFuse", "dynfuse", "DYNFUSE"])
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [
+        ({"args": [{"blance": 1}]}, ["blance", "did you mean balance?"]),
+        ({"args": [{"balance": 3}]}, ["balance", "-1 to 1"]),
+        ({"args": [{"sample_tokens": 64.5}]}, ["sample_tokens", "0 to 4096"]),
+        ({"args": [True, "kll"]}, ["'kll'", "kl-token"]),
+        ({"args": [None] * (len(ORDER) + 1)}, [f"{len(ORDER) + 1} arguments"]),
+        ({"args": [{"enabled": True}, "js"]}, ["args", "nothing may follow"]),
+        ({"args": {"enabled": True}}, ["args", "a list is wanted"]),
+        ({"arguments": [{"enabled": True}]}, ["arguments", "unknown"]),
+        ([{"enabled": True}], ["an object is wanted"]),
+    ],
+)
+def test_wrong_arguments_are_named_with_what_is_allowed(entry: Any, words: list[str], title: str):
+    said = api.wrong_arguments(request(entry, title))
+    assert said.startswith("alwayson_scripts.DynFuse: ")
+    assert "\n" not in said
+    for word in words:
+        assert word in said
+
+
+def test_the_trace_is_the_last_record_as_json():
+    content, media_type = api.trace_content(record(), "json", 0)
+    assert media_type == "application/json"
+    assert json.loads(content)["layers"] == ["down_blocks.0.attn"]
+
+
+def test_the_trace_as_png_is_the_heat_map_of_one_picture():
+    content, media_type = api.trace_content(record(), "png", 0)
+    assert media_type == "image/png"
+    assert content.startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("found", "format", "image", "status", "words"),
+    [
+        (None, "json", 0, 404, ["nothing was recorded"]),
+        (record(), "svg", 0, 422, ["'svg'", "json, png"]),
+        (record(), "png", 3, 404, ["picture 3", "[0]"]),
+    ],
+)
+def test_a_trace_that_cannot_be_given_says_why(
+    found: Record | None, format: str, image: int, status: int, words: list[str]
+):
+    with pytest.raises(api.TraceError) as error:
+        api.trace_content(found, format, image)
+    assert error.value.status == status
+    for word in words:
+        assert word in str(error.value)

@@ -1,0 +1,114 @@
+"""The routes on a real FastAPI application with the shape of the host's; skipped where there is no FastAPI."""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+pytest.importorskip("fastapi")
+pytest.importorskip("httpx")
+
+import fastapi
+from fastapi.testclient import TestClient
+from pydantic import BaseModel
+from test_api import record
+
+from lib_dynfuse.webui import api
+
+
+class Request(BaseModel):
+    prompt: str = ""
+    alwayson_scripts: dict = {}
+
+
+def password(key: str = "") -> None:
+    if key != "secret":
+        raise fastapi.HTTPException(401, "Incorrect username or password")
+
+
+def host(*, with_api: bool = True, guarded: bool = False) -> TestClient:
+    app = fastapi.FastAPI()
+
+    def generate(request: Request) -> dict:
+        return {"prompt": request.prompt}
+
+    if with_api:
+        dependencies = [fastapi.Depends(password)] if guarded else []
+        for path in api.CHECKED_ROUTES:
+            app.add_api_route(path, generate, methods=["POST"], dependencies=dependencies)
+    api.on_app_started(None, app)
+    api.on_app_started(None, app)
+    return TestClient(app)
+
+
+@pytest.fixture
+def last(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The records that the session has, the last one last."""
+    kept: list[Any] = []
+    session = ModuleType("lib_dynfuse.session")
+    session.last_record = lambda: kept[-1] if kept else None  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "lib_dynfuse.session", session)
+    return kept
+
+
+@pytest.mark.parametrize("path", api.CHECKED_ROUTES)
+def test_wrong_arguments_answer_422_and_right_ones_reach_the_host(path: str):
+    client = host()
+    wrong = client.post(path, json={"prompt": "a", "alwayson_scripts": {"dynfuse": {"args": [{"balance": 3}]}}})
+    assert wrong.status_code == 422
+    assert wrong.json()["detail"].startswith("alwayson_scripts.DynFuse: balance: ")
+    right = client.post(path, json={"prompt": "a", "alwayson_scripts": {"DynFuse": {"args": [{"balance": 0.5}]}}})
+    assert right.json() == {"prompt": "a"}
+
+
+@pytest.mark.parametrize(
+    ("content", "media_type"),
+    [
+        (b"", "application/json"),
+        (b"{", "application/json"),
+        (b"\xff\xfe", "application/json"),
+        (b"[1]", "application/json"),
+        (b'{"alwayson_scripts": 3}', "application/json"),
+        (b"a fox", "text/plain"),
+    ],
+)
+def test_a_body_that_is_no_request_is_answered_by_the_host(content: bytes, media_type: str):
+    answer = host().post(api.CHECKED_ROUTES[0], content=content, headers={"Content-Type": media_type})
+    assert answer.status_code in (400, 422)
+    assert "DynFuse" not in answer.text
+
+
+def test_the_schema_is_served():
+    assert host().get("/dynfuse/v1/schema").json() == api.schema()
+
+
+def test_the_trace_is_served_as_json_and_as_png(last: list[Any]):
+    client = host()
+    assert client.get("/dynfuse/v1/trace").status_code == 404
+    last.append(record())
+    assert client.get("/dynfuse/v1/trace").json()["layers"] == ["down_blocks.0.attn"]
+    picture = client.get("/dynfuse/v1/trace?format=png&image=0")
+    assert picture.headers["content-type"] == "image/png"
+    assert picture.content.startswith(b"\x89PNG")
+    assert client.get("/dynfuse/v1/trace?format=svg").status_code == 422
+    assert client.get("/dynfuse/v1/trace?format=png&image=3").status_code == 404
+    assert client.get("/dynfuse/v1/trace?format=png&image=x").status_code == 422
+
+
+@pytest.mark.parametrize("path", ["/dynfuse/v1/schema", "/dynfuse/v1/trace"])
+def test_our_routes_ask_for_the_hosts_password(path: str, last: list[Any]):
+    last.append(record())
+    assert host(guarded=True).get(path).status_code == 401
+    assert host(guarded=True).get(f"{path}?key=secret").status_code == 200
+
+
+def test_the_password_comes_before_our_complaint():
+    wrong = {"alwayson_scripts": {"DynFuse": {"args": [{"balance": 3}]}}}
+    assert host(guarded=True).post(api.CHECKED_ROUTES[0], json=wrong).status_code == 401
+
+
+def test_a_host_without_its_api_gets_no_routes_of_ours():
+    assert host(with_api=False).get("/dynfuse/v1/schema").status_code == 404

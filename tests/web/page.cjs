@@ -1,0 +1,125 @@
+/* Use the panel on tests/web/page.py as a person would, and say what was seen: node page.cjs URL ROOT PICTURES */
+
+const {drive, until} = require("./browser.cjs");
+
+const [url, root, pictures] = process.argv.slice(2);
+const PROMPT = "a fox <lora:my_fox:1>, <lora:ink:0.9:0.8:dyn=3> (blue:1.2) <hypernet:x:1> <lyco:detail:0.6>";
+
+async function look(page) {
+    const text = (selector) => page.locator(selector);
+    const area = (id) => text(`#${id} textarea`);
+    const value = (id) => area(id).inputValue();
+    const chips = (tab = "txt2img") => text(`#dynfuse_roles_${tab} .dynfuse-chip`);
+    const words = async (tab) => (await chips(tab).allInnerTexts()).map((one) => one.replace(/\s+/g, " ").trim());
+    const status = (tab = "txt2img") => text(`#dynfuse_roles_${tab} .dynfuse-status > div`).allInnerTexts();
+    const focused = () => page.evaluate(() => document.activeElement.getAttribute("aria-label"));
+    /** The panel's values as Python gets them. */
+    const read = async () => {
+        await area("txt2img_values").fill("");
+        await text("#txt2img_read").click();
+        return JSON.parse(await until(() => value("txt2img_values"), (now) => now));
+    };
+    const click = async (index) => {
+        await chips().nth(index).click();
+        return value("txt2img_prompt");
+    };
+    const load = async () => {
+        await area("txt2img_prompt").waitFor();
+        await page.addStyleTag({path: `${root}/style.css`});
+        await page.addScriptTag({path: `${root}/javascript/dynfuse.js`});
+        await text("#dynfuse_roles_img2img .dynfuse-status").waitFor({state: "attached"});
+    };
+    const seen = {};
+
+    await area("txt2img_prompt").waitFor();
+    const names = await page.evaluate(() => Object.getOwnPropertyNames(window).length);
+    await load();
+    seen.newNames = await page.evaluate(() => Object.getOwnPropertyNames(window).length) - names;
+    seen.emptyStatus = await status();
+    seen.defaults = await read();
+
+    await area("txt2img_prompt").pressSequentially(PROMPT);
+    seen.typed = {chips: await until(words, (now) => now.length === 3), status: await status()};
+
+    seen.clicks = [];
+    for (let turn = 0; turn < 3; turn++) seen.clicks.push(await click(0));
+    await click(0);
+    seen.secondTag = [await click(1), await click(1)];
+    seen.both = {chips: await words(), status: await status()};
+    seen.undone = [];
+    for (let turn = 0; turn < 2; turn++) {
+        await page.keyboard.press("Control+z");
+        seen.undone.push(await value("txt2img_prompt"));
+    }
+    seen.undoneChips = await until(words, (now) => now[1].includes("plain"));
+
+    await chips().nth(2).focus();
+    await page.keyboard.press("Enter");
+    seen.keys = [await value("txt2img_prompt")];
+    await page.keyboard.press("Space");
+    seen.keys.push(await value("txt2img_prompt"));
+    seen.focusAfterKeys = await focused();
+    await read();
+    seen.inPython = await value("txt2img_prompt_in_python");
+
+    await area("hires_prompt").fill("sharper <lora:crisp:0.5> <lora:ink:1:role=style>");
+    seen.hires = {chips: await until(words, (now) => now.length === 5), status: await status()};
+    await chips().nth(3).click();
+    seen.hires.after = await value("hires_prompt");
+    seen.hires.prompt = await value("txt2img_prompt");
+    await area("hires_prompt").fill("");
+
+    await area("txt2img_prompt").fill("<lora:fox:1:role=sbject>");
+    seen.wrong = {chips: await until(words, (now) => now.length === 1), status: await status()};
+    await area("txt2img_prompt").fill("");
+
+    await area("img2img_prompt").fill("<lora:other:1:role=style>");
+    seen.tabs = {img2img: await until(() => words("img2img"), (now) => now.length), txt2img: await words("txt2img")};
+
+    await text(".card").hover();
+    await page.locator(".dynfuse-card-button", {hasText: "S"}).click();
+    seen.card = [await value("txt2img_prompt")];
+    await page.locator(".dynfuse-card-button", {hasText: "T"}).click();
+    seen.card.push(await value("txt2img_prompt"));
+    seen.cardOpened = await page.evaluate(() => window.cardOpened === true);
+
+    const control = (name, inside) => text(`#txt2img_${name} ${inside}`).first();
+    const balance = control("balance", "input[type=number]");
+    await balance.fill("0.25");
+    await balance.blur();
+    await control("enabled", "input").check();
+    await control("auto_balance", "input").check();
+    seen.chosen = await read();
+
+    const rule = control("strategy", "input");
+    const choose = async (name, help) => {
+        await rule.click();
+        await text(`ul.options li[aria-label="${name}"]`).click();
+        const line = () => text("#txt2img_rule_help .dynfuse-help").innerText();
+        const said = await until(line, (now) => now.startsWith(help));
+        const greyed = await until(() => balance.isDisabled(), (now) => now === (name === "sum"));
+        return {help: said, greyed};
+    };
+    seen.sum = await choose("sum", "Adds both");
+    seen.kl = await choose("kl", "Each layer");
+
+    await text("#txt2img_paste").click();
+    seen.pasted = {prompt: await until(() => value("txt2img_prompt"), (now) => now.startsWith("pasted"))};
+    seen.pasted.chips = await until(words, (now) => now[0].includes("ink"));
+    seen.pasted.values = await read();
+    const parameters = control("parameters", ":is(input, textarea)");
+    await choose("kl", "Each layer");
+    seen.parametersOfAnotherRule = await until(() => parameters.inputValue(), (now) => !now);
+
+    for (const theme of ["light", "dark"]) {
+        await page.goto(`${url}?__theme=${theme}`, {waitUntil: "domcontentloaded"});
+        await load();
+        await area("txt2img_prompt").fill("fox <lora:my_fox:1:role=subject> <lora:ink:0.9:role=style> <lora:detail:0.6>");
+        await area("hires_prompt").fill("fox <lora:my_fox:1:role=sbject>");
+        await until(words, (now) => now.length === 4);
+        await page.screenshot({path: `${pictures}/${theme}.png`});
+    }
+    return seen;
+}
+
+drive(url, look);

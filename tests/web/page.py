@@ -1,0 +1,67 @@
+"""The panel on a page of its own, beside what it finds in a WebUI: prompts, a LoRA card, a paste button.
+
+    python tests/web/page.py PORT
+
+It runs in an environment with the gradio of one host or the other and without the host's `modules`.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import gradio as gr
+
+from lib_dynfuse.webui.arguments import ORDER
+from lib_dynfuse.webui.panel import build
+
+PASTED_PROMPT = "pasted <lora:ink:0.9:role=style>"
+PASTED = {"DynFuse": "0.1.0", "DynFuse strategy": "kl-soft", "DynFuse parameters": '{"softness": 0.5}'}
+# As the WebUI writes a LoRA's card.
+CLICKED = """window.cardOpened = true; cardClicked('txt2img', "<lora:my_fox:" + 0.7 + ">" + " a fox", "", false)"""
+CARD = f"""
+<div class="extra-network-pane">
+<div class="card" data-name="my fox file" onclick="{html.escape(CLICKED)}">
+<div class="button-row"></div><span class="name">my fox file</span>
+</div></div>
+"""
+
+
+def tab(name: str) -> None:
+    """One tab's prompt and panel. `read` writes the panel's values, as the script receives them, into `values`."""
+    prompt = gr.Textbox("", lines=3, label="Prompt", elem_id=f"{name}_prompt")
+    if name == "txt2img":
+        gr.HTML(CARD)
+        gr.Textbox("", lines=3, label="Hires prompt", elem_id="hires_prompt")
+    panel = build(name == "img2img", lambda each: f"{name}_{each}")
+    values = gr.Textbox("", label="Values", interactive=True, elem_id=f"{name}_values")
+    prompt_values = gr.Textbox("", label="Prompt in Python", elem_id=f"{name}_prompt_in_python")
+
+    def read(prompt_text: str, *given: Any) -> tuple[str, str]:
+        return json.dumps(dict(zip(ORDER, given, strict=True))), prompt_text
+
+    gr.Button("Read", elem_id=f"{name}_read").click(
+        read, inputs=[prompt, *panel.components], outputs=[values, prompt_values]
+    )
+
+    def paste() -> list[Any]:
+        # As in the WebUI None leaves a component as it is.
+        values = (value(PASTED) for _, value in panel.infotext_fields)
+        return [PASTED_PROMPT, *(gr.update() if value is None else value for value in values)]
+
+    gr.Button("Paste", elem_id=f"{name}_paste").click(
+        paste, inputs=[], outputs=[prompt, *(component for component, _ in panel.infotext_fields)]
+    )
+
+
+with gr.Blocks(title="DynFuse") as page:
+    for each in ("txt2img", "img2img"):
+        tab(each)
+
+page.queue()
+page.launch(server_name="127.0.0.1", server_port=int(sys.argv[1]), quiet=True)

@@ -15,7 +15,7 @@ from PIL import Image
 from lib_dynfuse.errors import DynFuseError
 from lib_dynfuse.hosts.base import Unsupported
 from lib_dynfuse.hosts.detect import detect
-from lib_dynfuse.options import INFOTEXT_KEY, Options
+from lib_dynfuse.options import INFOTEXT_KEY
 from lib_dynfuse.roles import lora_tags
 from lib_dynfuse.session import Session, close_all
 from lib_dynfuse.trace import Record
@@ -54,9 +54,9 @@ def forget(p: Any) -> None:
 def begin(p: Any, args: Sequence[Any]) -> None:
     """Reads the options; from here on the generation is ours to fuse, if they say so."""
     forget(p)
-    logging.getLogger("lib_dynfuse").setLevel(str(settings.value("dynfuse_log_level")).upper())
+    settings.apply_log_level()
     try:
-        options = Options.read({**dict(read_arguments(args)), **xyz.overrides(p)})
+        options = read_arguments(args, xyz.overrides(p))
         if not options.enabled:
             return
         session = Session(detect(), options, functools.partial(_tell, p))
@@ -67,7 +67,7 @@ def begin(p: Any, args: Sequence[Any]) -> None:
         session.tell(f"the rule {options.strategy} has no {name}: it changes nothing")
     p._dynfuse = _Generation(id(p), session)
     p.extra_generation_params.update(options.infotext())
-    p.extra_generation_params[CHOSEN_KEY] = functools.partial(_chosen, p)
+    p.extra_generation_params[CHOSEN_KEY] = _chosen
 
 
 def _tell(p: Any, line: str) -> None:
@@ -78,7 +78,7 @@ def _tell(p: Any, line: str) -> None:
     _log.info(line)
 
 
-def _chosen(p: Any, *, index: int = 0, **_: Any) -> str | None:
+def _chosen(*, p: Any, index: int = 0, **_: Any) -> str | None:
     """The infotext's share of what each role won in one picture; the host calls it when it writes the text."""
     generation = _of(p)
     share = generation.shares.get(index) if generation is not None else None

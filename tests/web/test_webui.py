@@ -1,0 +1,78 @@
+"""The txt2img tab of a running WebUI, given by `--webui URL`: tick, generate, see, paste back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from urllib.request import ProxyHandler, build_opener
+
+import pytest
+
+Seen = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def networks(request: pytest.FixtureRequest) -> tuple[str, str]:
+    """A subject LoRA and a style LoRA that the WebUI has: the demo's, by their names."""
+    url = request.config.getoption("--webui")
+    if not url:
+        pytest.skip("no --webui URL given")
+    with build_opener(ProxyHandler({})).open(f"{url.rstrip('/')}/sdapi/v1/loras", timeout=30) as answer:
+        names = sorted(str(one["name"]) for one in json.load(answer))
+    found = [next((name for name in names if name.startswith(kind)), None) for kind in ("subject-", "style-high")]
+    if None in found:
+        pytest.skip("this WebUI has no subject-... and style-high... LoRA of the demo (export-demo)")
+    return str(found[0]), str(found[1])
+
+
+@pytest.fixture(scope="module")
+def webui_seen(
+    request: pytest.FixtureRequest, networks: tuple[str, str], browse: Callable[..., Seen], pictures: Path
+) -> Seen:
+    pictures.mkdir(parents=True, exist_ok=True)
+    return browse("webui.cjs", request.config.getoption("--webui"), *networks, pictures)
+
+
+def test_clicks_give_the_prompts_loras_their_roles(webui_seen: Seen, networks: tuple[str, str]) -> None:
+    subject, style = networks
+    assert webui_seen["ticked"]
+    assert webui_seen["prompt"] == f"a {subject} <lora:{subject}:1:role=subject> <lora:{style}:0.9:role=style>"
+    assert webui_seen["chips"] == [f"● {subject} 1.0 subject", f"◆ {style} 0.9 style"]
+    assert webui_seen["status"] == [f"subject: {subject} 1.0 · style: {style} 0.9"]
+
+
+def test_the_picture_and_its_trace_appear_and_the_infotext_says_how(webui_seen: Seen) -> None:
+    assert webui_seen["pictures"] == 2
+    for said in ("DynFuse: ", "DynFuse strategy: kl", "DynFuse balance: 0.25", "DynFuse auto balance: True"):
+        assert said in webui_seen["info"]
+
+
+def test_the_infotext_pasted_back_restores_prompt_and_panel(webui_seen: Seen) -> None:
+    assert not webui_seen["afterReload"]
+    assert webui_seen["pasted"] == {
+        "prompt": webui_seen["prompt"],
+        "enabled": True,
+        "balance": "0.25",
+        "autoBalance": True,
+        "chips": webui_seen["chips"],
+    }
+
+
+def test_sending_it_to_img2img_takes_the_options_along(webui_seen: Seen) -> None:
+    assert webui_seen["sent"] == {"prompt": webui_seen["prompt"], "balance": "0.25", "enabled": True, "chips": 2}
+
+
+def test_the_hires_prompts_loras_are_shown_while_hires_fix_is_on(webui_seen: Seen, networks: tuple[str, str]) -> None:
+    subject, style = networks
+    plain = f"○ {subject} 1.0 plain"
+    assert webui_seen["hires"] == {"used": [plain, f"◆ {style} 1.0 style hires"], "unused": [plain]}
+
+
+def test_a_loras_card_inserts_it_with_a_role(webui_seen: Seen, networks: tuple[str, str]) -> None:
+    assert webui_seen["card"].strip() == f"<lora:{networks[0]}:1:role=subject>"
+
+
+def test_the_page_reports_no_error_of_ours(webui_seen: Seen) -> None:
+    assert [error for error in webui_seen["errors"] if "dynfuse" in error.lower()] == []

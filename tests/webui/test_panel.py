@@ -1,0 +1,107 @@
+"""The panel's rules of thumb, and its inputs as the script gets them, on a gradio that only remembers what was made."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+from lib_dynfuse.core.strategies import strategies
+from lib_dynfuse.options import FIELDS, Options
+from lib_dynfuse.webui.arguments import ORDER, read_arguments
+from lib_dynfuse.webui.panel import Panel, build, keep_known, own_parameters, parameters_hint, rule_has
+
+
+class Remembered(SimpleNamespace):
+    """A component: what it was made with, and the events it listens to."""
+
+    def change(self, function: Any, **wiring: Any) -> None:
+        self.on_change = (function, wiring)
+
+    def input(self, function: Any, **wiring: Any) -> None:
+        self.on_input = (function, wiring)
+
+
+@pytest.fixture
+def gradio(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    fake: Any = ModuleType("gradio")
+
+    @contextmanager
+    def block(*_: Any, **__: Any) -> Iterator[None]:
+        yield
+
+    for name in ("Row", "Column", "Accordion"):
+        setattr(fake, name, block)
+    for name in ("HTML", "Textbox", "Checkbox"):
+        setattr(fake, name, lambda value, kind=name, **given: Remembered(kind=kind, value=value, **given))
+    fake.Dropdown = lambda choices, **given: Remembered(kind="Dropdown", choices=choices, **given)
+    fake.Slider = lambda low, high, **given: Remembered(kind="Slider", minimum=low, maximum=high, **given)
+    fake.update = lambda **changes: changes
+    monkeypatch.setitem(sys.modules, "gradio", fake)
+    return fake
+
+
+@pytest.fixture
+def panel(gradio: ModuleType) -> Panel:
+    return build(False, lambda name: f"id_{name}")
+
+
+def test_every_option_has_one_input_with_its_label_range_and_default(panel: Panel) -> None:
+    assert ORDER[0] == "enabled"
+    assert sorted(ORDER) == sorted(option.name for option in FIELDS)
+    by_name = dict(zip(ORDER, panel.components, strict=True))
+    for option in FIELDS:
+        made = by_name[option.name]
+        assert (made.label, made.elem_id) == (option.label, f"id_{option.name}")
+        assert made.value == ("" if option.name == "parameters" else option.default)
+        if option.minimum is not None:
+            assert (made.minimum, made.maximum) == (option.minimum, option.maximum)
+
+
+def test_an_untouched_panel_means_the_defaults(panel: Panel) -> None:
+    assert read_arguments([made.value for made in panel.components]) == Options()
+
+
+def test_a_whole_number_moves_in_whole_steps(panel: Panel) -> None:
+    steps = {name: made.step for name, made in zip(ORDER, panel.components, strict=True) if made.kind == "Slider"}
+    assert steps["sample_tokens"] == steps["decide_every"] == 1
+    assert steps["balance"] == 0.01
+
+
+def test_every_input_is_filled_from_an_infotext(panel: Panel) -> None:
+    assert [made for made, _ in panel.infotext_fields] == panel.components
+    assert panel.paste_field_names == [target for _, target in panel.infotext_fields]
+    balance = ORDER.index("balance")
+    assert panel.infotext_fields[balance][1]({"DynFuse": "0.1.0", "DynFuse balance": "0.25"}) == 0.25
+
+
+@pytest.mark.parametrize("rule", strategies())
+def test_a_chosen_rule_greys_exactly_what_it_does_not_have(panel: Panel, rule: str) -> None:
+    function, wiring = panel.components[ORDER.index("strategy")].on_change
+    changes = dict(zip([made.elem_id for made in wiring["outputs"]], function(rule), strict=True))
+    for name in ("balance", "auto_balance", "schedule", "couple_cfg", "temperature", "sample_tokens", "decide_every"):
+        assert changes[f"id_{name}"]["interactive"] == rule_has(rule, name)
+    assert changes["id_parameters"]["interactive"] == bool(own_parameters(rule))
+    assert strategies()[rule].help.split("'")[0] in changes["id_rule_help"]["value"]
+
+
+@pytest.mark.parametrize("rule", strategies())
+def test_the_hint_can_be_copied_into_the_box(rule: str) -> None:
+    if own_parameters(rule):
+        assert read_arguments([{"strategy": rule, "parameters": parameters_hint(rule)}]).strategy == rule
+    else:
+        assert parameters_hint(rule) == f"{rule} has none"
+
+
+def test_turning_to_another_rule_keeps_the_parameters_that_it_shares() -> None:
+    assert keep_known("kl", "softness=0.5, standardise=on") == "standardise=on"
+    assert keep_known("sum", "softness=0.5") == ""
+    assert keep_known("kl", "") == ""
+
+
+def test_what_cannot_be_read_stays_for_the_person_to_mend() -> None:
+    assert keep_known("kl", "softness") == "softness"

@@ -17,15 +17,17 @@ from lib_dynfuse.webui.arguments import ORDER, format_parameters, parse_paramete
 from lib_dynfuse.webui.infotext import paste_value
 
 _OPTIONS = {option.name: option for option in FIELDS}
-# What a first picture needs stays in sight; all else is folded away.
-_IN_SIGHT = ("enabled", "strategy", "balance", "auto_balance", "trace")
-_FINER = tuple(name for name in ORDER if name not in _IN_SIGHT)
+# Not needed for a first picture, so folded away; two and two in a row.
+_FINER = (
+    ("schedule", "couple_cfg"),
+    ("temperature", "sample_tokens"),
+    ("start", "stop"),
+    ("decide_every", "parameters"),
+)
 # Options that are parameters of rules, which not every rule has.
 _OF_RULES = tuple(
     name for name in ORDER if any(name == one.name for info in strategies().values() for one in info.parameters)
 )
-# Each row of sliders and boxes holds this many.
-_COLUMNS = 2
 
 
 @dataclass(frozen=True)
@@ -55,9 +57,9 @@ def build(is_img2img: bool, elem_id: Callable[[str], str]) -> Panel:
                 made["balance"] = _component("balance", elem_id)
                 made["auto_balance"] = _component("auto_balance", elem_id)
         with gr.Accordion("Finer", open=False, elem_id=elem_id("finer")):
-            for start in range(0, len(_FINER), _COLUMNS):
+            for row in _FINER:
                 with gr.Row():
-                    for name in _FINER[start : start + _COLUMNS]:
+                    for name in row:
                         made[name] = _component(name, elem_id)
         made["trace"] = _component("trace", elem_id)
 

@@ -146,7 +146,8 @@ class Automatic1111:
     def _divide(self, network: Any) -> tuple[list[str], list[str]]:
         """The keys of a network that we can take over, and those in the UNet that we cannot."""
         unet = self._unet_modules()
-        ours, left = [], []
+        ours: list[str] = []
+        left: list[str] = []
         for key in network.modules:
             layer, part = self._layer(key)
             if id(layer) not in unet:

@@ -8,8 +8,8 @@ structure.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -46,22 +46,23 @@ def delta_of(module: Any, layer: nn.Module, weight: Callable[[], Tensor]) -> Del
 
 
 def _dense(module: Any, layer: nn.Module, weight: Tensor) -> Delta:
-    with torch.no_grad(), _at_full_strength(module):
-        update, bias = module.calc_updown(weight)
+    with torch.no_grad():
+        update, bias = _at_full_strength(module, weight.device).calc_updown(weight)
     if isinstance(layer, NORMS):
         return Affine(update, bias, Norm.of(layer))
     geometry = _geometry(layer)
     return Dense(_widened(update, layer, geometry), bias, geometry)
 
 
-@contextmanager
-def _at_full_strength(module: Any) -> Iterator[None]:
-    """`calc_updown` without the multiplier, which is ours to apply."""
+def _at_full_strength(module: Any, device: torch.device) -> Any:
+    """A copy without the multiplier, which is ours to apply, and in float32 where half precision cannot multiply."""
+    module = copy.copy(module)
     module.multiplier = lambda: 1.0
-    try:
-        yield
-    finally:
-        del module.multiplier
+    if device.type == "cpu":
+        for name, value in vars(module).items():
+            if isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16):
+                setattr(module, name, value.float())
+    return module
 
 
 def _geometry(layer: nn.Module) -> Geometry | None:
@@ -90,6 +91,7 @@ def _low_rank(module: Any, layer: nn.Module) -> Delta | None:
 def _kronecker(module: Any, layer: nn.Module) -> Delta | None:
     geometry = _geometry(layer)
     kernel = tuple(layer.kernel_size) if isinstance(layer, nn.Conv2d) else ()
+    module = _at_full_strength(module, torch.device("cpu"))  # where its factors are multiplied, if they are two
     product = Kronecker.from_lokr(
         w1=module.w1,
         w1_a=module.w1a,

@@ -18,9 +18,10 @@ settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--webui", default="", help="address of a running WebUI with the extension, for tests/host and tests/web"
-    )
+    group = parser.getgroup("webui", "tests/host and tests/web")
+    group.addoption("--webui", default="", help="address of a running WebUI that has the extension")
+    group.addoption("--webui-subject", default="", help="a LoRA of its; else its first")
+    group.addoption("--webui-style", default="", help="a LoRA of its; else its second")
 
 
 def import_torchvision() -> None:

@@ -166,7 +166,7 @@ class Automatic1111:
     def place(self, params: Any) -> Place:
         sigma = params.sigma
         return Place(
-            step=params.sampling_step,
+            step=_step(params),
             total=params.total_sampling_steps,
             sigma=float(sigma[0]) if sigma.device.type == "cpu" else None,
             rows=_rows(params),
@@ -194,6 +194,16 @@ def _tag(items: Sequence[Any]) -> Tag:
     except ValueError:  # a schedule of another extension
         unet = 1.0
     return Tag(positional[0] if positional else "", unet, role)
+
+
+def _step(params: Any) -> int:
+    """The step that a denoiser call belongs to; the host's own number is still that of the step before.
+
+    Its denoiser counts calls: a sampler of second order makes two a step, some make one more at an end.
+    """
+    config = getattr(params.denoiser.sampler, "config", None)
+    calls = 2 if getattr(config, "options", {}).get("second_order") else 1
+    return max(0, min(params.denoiser.step // calls, params.total_sampling_steps - 1))
 
 
 def _rows(params: Any) -> tuple[Row, ...]:

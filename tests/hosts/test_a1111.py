@@ -277,17 +277,27 @@ def test_a_wrong_role_is_refused_by_name(webui: WebUI, written: list[str], messa
         Automatic1111(webui.networks).read_tags(params(*written))
 
 
-def denoiser_call(parts: list[int], rows: int, seeds: Sequence[int] = (7, 8)) -> Any:
+def denoiser_call(
+    parts: list[int], rows: int, seeds: Sequence[int] = (7, 8), call: int = 2, second_order: bool = False
+) -> Any:
     conds = SimpleNamespace(batch=[[None] * count for count in parts])
-    sampler = SimpleNamespace(sampler_extra_args={"cond": conds})
-    denoiser = SimpleNamespace(sampler=sampler, p=SimpleNamespace(seeds=list(seeds)))
+    config = SimpleNamespace(options={"second_order": True} if second_order else {})
+    sampler = SimpleNamespace(sampler_extra_args={"cond": conds}, config=config)
+    denoiser = SimpleNamespace(sampler=sampler, p=SimpleNamespace(seeds=list(seeds)), step=call)
     return SimpleNamespace(
         denoiser=denoiser,
         x=torch.zeros(rows, 4, 2, 2),
         sigma=torch.full((rows,), 3.5),
-        sampling_step=2,
+        sampling_step=max(0, call - 1),
         total_sampling_steps=9,
     )
+
+
+@pytest.mark.parametrize(("call", "second_order", "step"), [(0, False, 0), (5, False, 5), (5, True, 2), (9, False, 8)])
+def test_calls_of_the_denoiser_are_counted_in_steps(webui: WebUI, call: int, second_order: bool, step: int) -> None:
+    """UniPC calls once more than it has steps; Heun twice a step but for the last."""
+    params = denoiser_call([1], 2, call=call, second_order=second_order)
+    assert Automatic1111(webui.networks).place(params).step == step
 
 
 def test_rows_are_cond_picture_by_picture_then_uncond(webui: WebUI) -> None:

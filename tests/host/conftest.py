@@ -1,0 +1,95 @@
+"""A running WebUI, given by `--webui URL`, and two LoRAs that it has; without it these tests are skipped."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+Array = np.ndarray[Any, np.dtype[np.int16]]
+
+
+@dataclass
+class Answer:
+    """Pictures [H, W, 3], their infotexts, or the error."""
+
+    status: int
+    images: list[Array]
+    infotexts: list[str]
+    body: Any
+
+
+class WebUI:
+    """The API of a WebUI, small pictures and few steps by default."""
+
+    def __init__(self, address: str, subject: str, style: str) -> None:
+        self.address = address.rstrip("/")
+        self.subject, self.style = subject, style
+
+    def call(self, path: str, body: Any = None) -> tuple[int, Any]:
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self.address + path, data, {"Content-Type": "application/json"})
+        try:
+            with urllib.request.urlopen(request, timeout=900) as answer:
+                status, content = answer.status, answer.read()
+        except urllib.error.HTTPError as error:
+            status, content = error.code, error.read()
+        return status, json.loads(content) if content[:1] in (b"{", b"[", b'"') else content
+
+    def prompt(self, text: str = "a cat", *, roles: bool = True, strengths: tuple[float, float] = (1, 0.8)) -> str:
+        parts = (":role=subject", ":role=style") if roles else ("", "")
+        names = zip((self.subject, self.style), strengths, parts, strict=True)
+        return " ".join([text, *(f"<lora:{name}:{strength:g}{role}>" for name, strength, role in names)])
+
+    def generate(self, prompt: str, fuse: Any = None, kind: str = "txt2img", **settings: Any) -> Answer:
+        """`fuse`: the arguments of the extension, a dict or the panel's list."""
+        body: dict[str, Any] = {
+            "prompt": prompt,
+            "steps": 4,
+            "width": 64,
+            "height": 64,
+            "seed": 11,
+            "sampler_name": "Euler",
+            "cfg_scale": 5,
+            "save_images": False,
+            **settings,
+        }
+        if fuse is not None:
+            body["alwayson_scripts"] = {"DynFuse": {"args": fuse if isinstance(fuse, list) else [fuse]}}
+        status, answer = self.call(f"/sdapi/v1/{kind}", body)
+        if status != 200:
+            return Answer(status, [], [], answer)
+        images = [np.asarray(decoded(one).convert("RGB")).astype(np.int16) for one in answer["images"]]
+        return Answer(status, images, json.loads(answer["info"])["infotexts"], answer)
+
+
+def decoded(text: str) -> Image.Image:
+    return Image.open(io.BytesIO(base64.b64decode(text)))
+
+
+def encoded(image: Array) -> str:
+    buffer = io.BytesIO()
+    Image.fromarray(image.astype(np.uint8)).save(buffer, "PNG")
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+@pytest.fixture(scope="session")
+def webui(request: pytest.FixtureRequest) -> WebUI:
+    address = request.config.getoption("--webui")
+    if not address:
+        pytest.skip("no --webui URL is given")
+    subject, style = (request.config.getoption(f"--webui-{role}") for role in ("subject", "style"))
+    if not (subject and style):
+        names = [lora["name"] for lora in WebUI(address, "", "").call("/sdapi/v1/loras")[1]]
+        if len(names) < 2:
+            pytest.skip("the WebUI has fewer than two LoRAs")
+        subject, style = subject or names[0], style or names[1]
+    return WebUI(address, subject, style)

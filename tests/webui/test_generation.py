@@ -1,0 +1,252 @@
+"""One generation as the WebUI's script drives it: a processing object in, infotext, comments and pictures out."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import copy
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from lib_dynfuse import session as sessions
+from lib_dynfuse.core.delta import LowRank
+from lib_dynfuse.core.types import Role, Row
+from lib_dynfuse.hosts.base import Layers, Place, Tag, Unsupported
+from lib_dynfuse.webui import generation
+
+LORAS = {"lora": [Tag("fox", 1.0, Role.SUBJECT), Tag("ink", 0.9, Role.STYLE)]}
+NONE: dict[str, list[Any]] = {"lora": []}
+
+
+class Hand:
+    """A host of one layer."""
+
+    name = "hand"
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        self.unet = nn.Linear(6, 6)
+        self.tokens = 4
+
+    def read_tags(self, networks: Mapping[str, Sequence[Any]]) -> list[Tag]:
+        return list(networks["lora"])
+
+    def take(self, tags: Sequence[Tag]) -> list[str]:
+        return []
+
+    def layers(self) -> Layers:
+        return {
+            "attn": (self.unet, {role: LowRank(torch.randn(2, 6), torch.randn(6, 2)) for role in Role}),
+        }
+
+    def watch(self, before: Callable[[int], None]) -> Callable[[], None]:
+        return self.unet.register_forward_pre_hook(lambda module, args: before(args[0].shape[0])).remove
+
+    def place(self, params: Any) -> Place:
+        rows = [Row(image, cond, 40 + image) for cond in (True, False) for image in range(params.images)]
+        return Place(params.step, params.total, None, tuple(rows))
+
+    def give_back(self) -> None:
+        pass
+
+
+@pytest.fixture
+def saved(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """The host's `modules`, as far as it is asked; what it saves."""
+    found: list[tuple[str, str]] = []
+    modules: Any = ModuleType("modules")
+    modules.images = SimpleNamespace(save_image=lambda image, path, name, *_, **__: found.append((path, name)))
+    modules.shared = ModuleType("modules.shared")
+    modules.shared.opts = SimpleNamespace(grid_save=True, grid_format="png", grid_extended_filename=False)
+    for name, module in (("", modules), (".images", modules.images), (".shared", modules.shared)):
+        monkeypatch.setitem(sys.modules, f"modules{name}", module)
+    return found
+
+
+@pytest.fixture
+def hand(monkeypatch: pytest.MonkeyPatch, saved: list[tuple[str, str]]) -> Iterator[Hand]:
+    host = Hand()
+    monkeypatch.setattr(generation, "detect", lambda: host)
+    yield host
+    assert sessions._open == []
+
+
+class Processing(SimpleNamespace):
+    """What the script sees of the host's processing object."""
+
+    def comment(self, text: str) -> None:
+        self.comments.append(text)
+
+
+def processing(**values: Any) -> Any:
+    given: dict[str, Any] = {
+        "extra_generation_params": {},
+        "comments": [],
+        "steps": 3,
+        "batch_size": 1,
+        "iteration": 0,
+        "all_prompts": ["a fox <lora:fox:1:role=subject> <lora:ink:0.9:role=style>"],
+        "all_seeds": [5],
+        "outpath_grids": "grids",
+        "do_not_save_grid": False,
+    }
+    return Processing(**{**given, **values})
+
+
+@torch.no_grad()
+def sample(p: Any, host: Hand, networks: Any = LORAS, images: int = 1) -> Tensor:
+    """What the host does for one batch of pictures."""
+    generation.activate(p, networks)
+    generation.attach(p)
+    for number in range(p.steps):
+        call = SimpleNamespace(step=number, total=p.steps, images=images, denoiser=SimpleNamespace(p=p))
+        generation.step(call)
+        output: Tensor = host.unet(torch.ones(2 * images, host.tokens, 6))
+    generation.finish_batch(p)
+    return output
+
+
+def written(p: Any, index: int = 0) -> dict[str, Any]:
+    """The infotext of one picture, as the host makes it."""
+    found = {k: v(p=p, index=index) if callable(v) else v for k, v in p.extra_generation_params.items()}
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def test_a_picture_says_what_it_was_made_with_and_what_was_chosen(hand: Hand) -> None:
+    p = processing()
+    generation.begin(p, [{"enabled": True, "balance": 0.5}])
+    before = written(p)
+    sample(p, hand)
+    generation.finish(p, SimpleNamespace())
+    assert before == {"DynFuse": before["DynFuse"], "DynFuse strategy": "kl", "DynFuse balance": "0.5"}
+    chosen = written(p).pop("DynFuse chosen")
+    assert chosen in ("subject 0% style 100%", "subject 100% style 0%", "subject 50% style 50%")
+    assert p.comments == []
+
+
+def test_every_picture_of_a_batch_has_its_own_share(hand: Hand) -> None:
+    p = processing(batch_size=6, all_prompts=["a <lora:fox:1>"] * 6)
+    generation.begin(p, [{"enabled": True, "strategy": "random"}])
+    p.steps = 1
+    sample(p, hand, images=6)
+    assert len({written(p, index)["DynFuse chosen"] for index in range(6)}) > 1
+    assert "DynFuse chosen" not in written(p, 6)
+
+
+def test_off_leaves_no_trace(hand: Hand) -> None:
+    p = processing()
+    plain = hand.unet(torch.ones(2, 4, 6))
+    generation.begin(p, [{"enabled": False, "balance": 0.5}])
+    assert torch.equal(sample(p, hand), plain)
+    assert (p.extra_generation_params, p.comments) == ({}, [])
+
+
+def test_wrong_options_are_told_and_nothing_is_fused(hand: Hand) -> None:
+    p = processing()
+    generation.begin(p, [{"enabled": True, "balance": 3}])
+    plain = hand.unet(torch.ones(2, 4, 6))
+    assert torch.equal(sample(p, hand), plain)
+    assert p.comments[0].startswith("DynFuse: not fused: balance: ")
+    assert written(p)["DynFuse note"].startswith("not fused: balance: ")
+
+
+def test_a_host_that_lacks_something_is_named(hand: Hand, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> Any:
+        raise Unsupported("the WebUI's own Lora extension is not there")
+
+    monkeypatch.setattr(generation, "detect", fail)
+    p = processing()
+    generation.begin(p, [{"enabled": True}])
+    assert p.comments == ["DynFuse: not fused: the WebUI's own Lora extension is not there"]
+
+
+def test_options_that_mean_nothing_to_the_rule_are_told(hand: Hand) -> None:
+    p = processing()
+    generation.begin(p, [{"enabled": True, "strategy": "sum", "balance": 0.5}])
+    assert p.comments == ["DynFuse: the rule sum has no balance: it changes nothing"]
+
+
+def test_what_is_told_twice_is_written_once_and_different_things_together(hand: Hand) -> None:
+    p = processing(all_prompts=["a", "b"], batch_size=1)
+    generation.begin(p, [{"enabled": True, "strategy": "sum", "balance": 0.5}])
+    for p.iteration in (0, 1):
+        sample(p, hand, NONE)
+    note = written(p)["DynFuse note"]
+    assert note.split("; ")[0] == "the rule sum has no balance: it changes nothing"
+    assert note.count("the prompt has no LoRA") == 1
+
+
+@pytest.mark.parametrize(("hires", "told"), [(False, 1), (True, 0)])
+def test_prompts_of_a_batch_with_different_loras_are_told(hand: Hand, hires: bool, told: int) -> None:
+    p = processing(
+        batch_size=2,
+        all_prompts=["a <lora:fox:1:role=subject>", "b <lora:fox:1:role=style>", "c", "d"],
+        all_hr_prompts=["a", "b", "c", "d"],
+        is_hr_pass=hires,
+    )
+    generation.begin(p, [{"enabled": True}])
+    generation.activate(p, LORAS)
+    assert len([line for line in p.comments if "have different LoRAs" in line]) == told
+    sessions.close_all()
+
+
+def test_a_grid_s_cells_do_not_pass_on_what_was_written(hand: Hand) -> None:
+    p = processing()
+    first = copy(p)
+    generation.begin(first, [{"enabled": True}])
+    sample(first, hand)
+    second = copy(first)  # shares extra_generation_params
+    generation.begin(second, [{"enabled": False}])
+    assert second.extra_generation_params == {}
+    assert torch.equal(sample(second, hand), hand.unet(torch.ones(2, 4, 6)))
+
+
+def test_a_cell_s_own_options_come_from_its_axes(hand: Hand) -> None:
+    p = processing(_dynfuse_overrides={"strategy": "sum"})
+    generation.begin(p, [{"enabled": True, "strategy": "kl"}])
+    assert written(p)["DynFuse strategy"] == "sum"
+    sessions.close_all()
+
+
+@pytest.mark.parametrize("rule", ["kl", "kl-token"])
+def test_the_pictures_of_what_was_chosen_come_last_and_beside_the_grids(
+    hand: Hand, rule: str, saved: list[tuple[str, str]]
+) -> None:
+    p = processing(batch_size=2, all_prompts=["a <lora:fox:1>"] * 2)
+    generation.begin(p, [{"enabled": True, "strategy": rule, "trace": True}])
+    sample(p, hand, images=2)
+    grid, made = Image.new("RGB", (8, 8)), [Image.new("RGB", (8, 8)) for _ in range(2)]
+    processed = SimpleNamespace(images=[grid, *made], infotexts=["grid", "one", "two"], index_of_first_image=1)
+    generation.finish(p, processed)
+    each = 2 if rule == "kl-token" else 1
+    assert processed.images[:3] == [grid, *made]
+    assert processed.infotexts == ["grid", "one", "two", *["one"] * each, *["two"] * each]
+    assert saved == [("grids", "dynfuse")] * 2 * each
+    assert all(image.size[0] > 100 for image in processed.images[3::each])
+
+
+def test_pictures_of_what_was_chosen_come_only_when_asked_for(hand: Hand) -> None:
+    p = processing()
+    generation.begin(p, [{"enabled": True}])
+    sample(p, hand)
+    processed = SimpleNamespace(images=[1], infotexts=["one"], index_of_first_image=0)
+    generation.finish(p, processed)
+    assert processed.images == [1]
+
+
+def test_an_inner_generation_does_not_disturb_the_outer_one(hand: Hand) -> None:
+    """Some extensions generate again while a picture is being finished."""
+    outer, inner = processing(), processing()
+    generation.begin(outer, [{"enabled": True}])
+    sample(outer, hand)
+    generation.begin(inner, [{"enabled": True}])
+    sample(inner, hand)
+    outer.iteration = 1
+    fused = sample(outer, hand)
+    assert not torch.equal(fused, hand.unet(torch.ones(2, 4, 6)))
+    generation.finish(outer, SimpleNamespace())

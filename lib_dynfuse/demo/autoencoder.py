@@ -15,6 +15,10 @@ from lib_dynfuse.demo.latents import Latents
 KL_WEIGHT = 1e-6
 LATENT_NOISE = 0.05  # deviation 1: the decoder has to forgive what encoder and UNet get slightly wrong
 
+DRIFT_WEIGHT = (
+    2.0  # five times as much error as the encoder has anyway (0.005) then costs a fifth of the picture's loss
+)
+
 
 def picture_loss(made: torch.Tensor, true: torch.Tensor) -> torch.Tensor:
     """Scalar loss of pictures [B, 3, H, W]: value, edges, and the colour of every patch of 8 x 8.
@@ -52,6 +56,11 @@ class Encoder(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return self.quant_conv(self.encoder(images))[:, :4]
+
+
+def halves(whole: AutoencoderKL) -> nn.ModuleList:
+    """Encoder and decoder, for a checkpoint that has both."""
+    return nn.ModuleList([Encoder(whole), Decoder(whole)])
 
 
 def drawn(images: torch.Tensor, batch: int, generator: torch.Generator) -> tuple[torch.Tensor, bool, torch.Tensor]:
@@ -133,6 +142,36 @@ def train_encoder(
 
     encoder = Encoder(whole)
     return loop.train(file, encoder, loss, schedule, seed=4, bar=bar)
+
+
+def train_together(
+    file: Path,
+    whole: AutoencoderKL,
+    images: torch.Tensor,
+    known: Latents,
+    *,
+    batch: int,
+    schedule: loop.Schedule,
+    bar: bool = True,
+) -> loop.Curve:
+    """Lets the two halves, each taught against adopted latents, learn from what comes out of both.
+
+    Half of a batch holds the encoder to the latents it was taught, so that a UNet that speaks them is still understood.
+    The other half is pictures turned and recoloured, which the adopted latents say nothing about.
+    """
+
+    def loss(step: int, generator: torch.Generator) -> torch.Tensor:
+        index, mirrored, true = drawn(images, batch, generator)
+        half = batch // 2
+        turns, channels = int(torch.randint(4, (), generator=generator)), torch.randperm(3, generator=generator)
+        true = torch.cat([true[:half], true[half:, channels.to(true.device)].rot90(turns, (2, 3))])
+        z = encoder(true)
+        drift = mse_loss(z[:half], (known.flipped if mirrored else known.z)[index[:half]])
+        noise = LATENT_NOISE * torch.randn(z.shape, generator=generator).to(z.device)
+        return picture_loss(decoder(z + noise), true) + DRIFT_WEIGHT * drift
+
+    encoder, decoder = both = halves(whole)
+    return loop.train(file, both, loss, schedule, seed=6, bar=bar)
 
 
 @torch.no_grad()

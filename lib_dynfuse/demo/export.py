@@ -196,6 +196,7 @@ def export(folder: Path, out: Path, lora_folder: Path = loras.BOX) -> Path:
     pipeline.text_encoder.config.save_pretrained(clip)
     checkpoint = out / f"{NAME}.safetensors"
     save_file(ldm_tensors(pipeline), checkpoint, metadata={"format": "pt"})
+    checkpoint.chmod(0o644)  # a WebUI may run as somebody else
     checkpoint.with_suffix(".yaml").write_text(yaml.safe_dump(settings(pipeline, clip), sort_keys=False))
     (out / "Lora").mkdir(exist_ok=True)
     for lora in sorted(lora_folder.glob("*.safetensors")):

@@ -40,8 +40,11 @@ class Preset:
     style_batch: int = 8
     subject_steps: int = 250
     subject_batch: int = 4
-    judge_steps: int = 4000
+    together_steps: int = 6000
+    judge_steps: int = 14000
     judge_batch: int = 32
+    style_judge_steps: int = 4000
+    style_judge_batch: int = 256
     autocast: bool = False
 
 

@@ -11,6 +11,7 @@ import io
 import json
 import subprocess
 import tarfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,12 @@ PACKAGES = {
     "blob": "@iconify-json/noto-v1@1.2.5",
     "hc": "@iconify-json/fluent-emoji-high-contrast@1.2.6",
 }
+# Other hands' drawings of the same subjects, for the judge alone: no picture of theirs is in the data file.
+OTHER_HANDS = {
+    "twemoji": "@iconify-json/twemoji@1.2.5",
+    "emojione": "@iconify-json/emojione@1.2.3",
+    "fxemoji": "@iconify-json/fxemoji@1.2.2",
+}
 INK = "#111"  # of the drawings that leave their colour to whoever shows them
 
 # Some packages ship an empty list of characters; their icons are named as their sister's.
@@ -41,14 +48,14 @@ def archive(package: str) -> str:
     return f"{name.replace('/', '-')}-{version}.tgz"
 
 
-def fetch(folder: Path) -> None:
+def fetch(folder: Path, packages: Iterable[str] = tuple(PACKAGES.values())) -> None:
     """Downloads whatever package `folder` lacks.
 
     Raises:
         RuntimeError: npm is not there, or could not fetch.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    missing = [package for package in PACKAGES.values() if not (folder / archive(package)).exists()]
+    missing = [package for package in packages if not (folder / archive(package)).exists()]
     if not missing:
         return
     try:
@@ -134,3 +141,31 @@ def build(packages: Path, file: Path, pixels: int = 128, bar: bool = True) -> No
         group=np.array(groups),
         code=np.array(codes),
     )
+
+
+def build_other_hands(packages: Path, file: Path, pixels: int = 64, bar: bool = True) -> None:
+    """Renders the same subjects as other sets draw them and writes x and subj, shaped as `build` does.
+
+    Their icons have no list of characters or an empty one: they go by the names that the other sets give a character.
+
+    Args:
+        packages: folder with the packages of `OTHER_HANDS`, and with those of `PACKAGES` for the names.
+        file: the npz to write.
+    """
+    icons = {hand: Icons(Package(packages / archive(package))) for hand, package in OTHER_HANDS.items()}
+    named = [Package(packages / archive(package)).json("chars.json") for package in _naming()]
+    x, subject = [], []
+    for index, (name, code, _) in enumerate(tqdm(split.catalogue(), desc="render", disable=not bar)):
+        names = [*(characters[code] for characters in named if code in characters), name.replace(" ", "-")]
+        names += [one.replace("-", "") for one in names]
+        for hand in OTHER_HANDS:
+            drawings = (icons[hand].draw(one, pixels) for one in names)
+            image = next((drawing for drawing in drawings if drawing is not None), None)
+            if image is not None:
+                x.append(on_white(image, pixels))
+                subject.append(index)
+    np.savez_compressed(file, x=np.stack(x), subj=np.array(subject))
+
+
+def _naming() -> tuple[str, ...]:
+    return OTHER_HANDS["twemoji"], PACKAGES["noto"], PACKAGES["hc"]

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ class Work:
 
     `out` gets the checkpoints and, at the end, the same folders as the box. `latents_from`: an autoencoder whose
     latents are adopted, so that the UNet can learn before the autoencoder is done. `minutes`: for each stage, when to
-    stop.
+    stop. `more_file`: the judge's other drawings, None where they are still to be fetched.
     """
 
     out: Path
@@ -34,6 +34,7 @@ class Work:
     latents_from: Path | None = None
     minutes: Mapping[str, float] = field(default_factory=dict)
     bar: bool = True
+    more_file: Path | None = None
 
     @cached_property
     def tokenizer(self) -> CLIPTokenizer:
@@ -53,6 +54,18 @@ class Work:
 
     def schedule(self, stage: str, steps: int, rate: float, warmup: int = 100, ema: float = 0.999) -> loop.Schedule:
         return loop.Schedule(steps, rate, warmup, ema, self.minutes.get(stage))
+
+    @cached_property
+    def other_hands(self) -> tuple[torch.Tensor, np.ndarray]:
+        """The same subjects as other sets draw them: uint8 [M, 3, 64, 64] and their subjects [M]."""
+        file = self.more_file
+        if file is None:
+            file, packages = self.out / "checkpoints" / "other-hands.npz", self.out / "checkpoints" / "packages"
+            if not file.exists():
+                source.fetch(packages, [*source.PACKAGES.values(), *source.OTHER_HANDS.values()])
+                source.build_other_hands(packages, file, judge.PIXELS, bar=self.bar)
+        with np.load(file) as drawn:
+            return torch.from_numpy(drawn["x"]).permute(0, 3, 1, 2).contiguous(), drawn["subj"]
 
     @cached_property
     def latents(self) -> latents.Latents:
@@ -77,11 +90,15 @@ class Work:
             box.fold(vae, self.latents.mean, self.latents.std)
             return vae
         vae = model.autoencoder(self.preset)
-        loop.averaged(self.checkpoint("decoder"), autoencoder.Decoder(vae))
-        loop.averaged(self.checkpoint("encoder"), autoencoder.Encoder(vae))
+        loop.averaged(self.checkpoint("together"), autoencoder.halves(vae))
         box.certain(vae)
         box.fold(vae, torch.zeros(4), torch.ones(4))
         return vae
+
+    def load_halves(self, vae: AutoencoderKL) -> None:
+        """The decoder and the encoder as they were taught apart."""
+        loop.averaged(self.checkpoint("decoder"), autoencoder.Decoder(vae))
+        loop.averaged(self.checkpoint("encoder"), autoencoder.Encoder(vae))
 
     def text_and_unet(self) -> base.Base:
         """The trained pair on the work's device."""
@@ -98,7 +115,7 @@ class Work:
 
 
 def train_autoencoder(work: Work) -> None:
-    """Whole, from scratch; or, where latents are adopted, decoder and encoder each against those."""
+    """Whole, from scratch; or, where latents are adopted, each half against those, then both together."""
     preset, seen = work.preset, ~work.pictures.truth
     torch.manual_seed(3)
     vae = model.autoencoder(preset).to(work.device, memory_format=torch.channels_last)
@@ -124,6 +141,18 @@ def train_autoencoder(work: Work) -> None:
             work.checkpoint(name), vae, images, known, batch=preset.autoencoder_batch, schedule=schedule, bar=work.bar
         )
         work.record.curve(name, curve, preset.autoencoder_batch)
+    work.load_halves(vae)
+    schedule = work.schedule("together", preset.together_steps, 7e-4, warmup=50, ema=0.998)
+    curve = autoencoder.train_together(
+        work.checkpoint("together"),
+        vae,
+        images,
+        known,
+        batch=preset.autoencoder_batch,
+        schedule=schedule,
+        bar=work.bar,
+    )
+    work.record.curve("together", curve, preset.autoencoder_batch)
 
 
 def train_text(work: Work) -> None:
@@ -161,31 +190,42 @@ def train_unet(work: Work) -> None:
 
 
 def train_judge(work: Work) -> None:
-    preset = work.preset
+    preset, pictures = work.preset, work.pictures
     redrawn = autoencoder.redraw(work.autoencoder().to(work.device), work.latents.z)
-    pictures = work.pictures
     factor = preset.pixels // judge.PIXELS
     if factor > 1:
         pictures = pictures.shrunk(factor)
         redrawn = avg_pool2d(redrawn.float(), factor).round().to(torch.uint8)
-    trained, curve = judge.train(
-        work.checkpoint("judge"),
-        pictures,
-        redrawn,
+    lessons = judge.Lessons(pictures, redrawn, *work.other_hands)
+    common: dict[str, Any] = {"device": work.device, "bar": work.bar}
+    subject, curve = judge.train_subject(
+        work.checkpoint("judge-subject"),
+        lessons,
         batch=preset.judge_batch,
-        schedule=work.schedule("judge", preset.judge_steps, 2e-3, ema=0.99),
-        device=work.device,
-        bar=work.bar,
+        schedule=work.schedule("judge-subject", preset.judge_steps, 2e-3, ema=0.995),
+        **common,
     )
+    work.record.curve("judge-subject", curve, preset.judge_batch)
+    style, curve = judge.train_style(
+        work.checkpoint("judge-style"),
+        lessons,
+        subject,
+        batch=preset.style_judge_batch,
+        schedule=work.schedule("judge-style", preset.style_judge_steps, 2e-3, ema=0.99),
+        **common,
+    )
+    work.record.curve("judge-style", curve, preset.style_judge_batch)
+    trained = judge.assembled(subject, style, pictures)
     trained.save(work.out / "judge")
     held = np.flatnonzero(judge.held_out(pictures))
-    new = np.intersect1d(held, pictures.where((*split.BASE_SUBJECTS, *split.HELD_SUBJECTS), split.HELD_STYLES))
-    work.record.curve("judge", curve, preset.judge_batch)
+    new = np.intersect1d(held, pictures.where(judge.SUBJECTS, split.HELD_STYLES))
+    again = replace(pictures, images=redrawn)
     work.record.figure(
-        "judge on real pictures held out of its last training",
+        "judge on real pictures that it has not seen",
         {
             f"one of each subject, {len(held)}": judge.accuracy(trained, pictures, held),
             f"those of them in {' and '.join(split.HELD_STYLES)}, {len(new)}": judge.accuracy(trained, pictures, new),
+            "all of them as the autoencoder redraws them from noisy latents": judge.accuracy(trained, again, held),
         },
     )
 
@@ -270,6 +310,7 @@ def train_demo(
     threads: int = 2,
     minutes: Mapping[str, float] | None = None,
     bar: bool = True,
+    more_file: Path | None = None,
 ) -> None:
     """Trains the boxed model, or some of its stages, and writes `out`/{model, loras, judge, pictures.npz, record.json}.
 
@@ -277,7 +318,9 @@ def train_demo(
         data_file: the emoji pictures; None fetches the npm packages and makes the file in `out`.
         latents_from: a `diffusers` autoencoder with 4 latent channels whose latents to adopt.
         stages: names from `STAGES`, run in the order given.
-        minutes: for each stage (`decoder`, `encoder`, `style`, `subject` count as stages), when to stop at the latest.
+        minutes: for each stage (`decoder`, `encoder`, `together`, `judge-subject`, `judge-style`, `style` and `subject`
+            count as stages), when to stop at the latest.
+        more_file: other hands' drawings for the judge; None fetches the npm packages and makes the file in `out`.
 
     Raises:
         ValueError: there is no such stage or preset.
@@ -296,7 +339,7 @@ def train_demo(
             source.build(out / "checkpoints" / "packages", data_file, bar=bar)
     sizes = model.PRESETS[preset]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    work = Work(out, sizes, data.load(data_file, sizes.pixels), device, latents_from, minutes or {}, bar)
+    work = Work(out, sizes, data.load(data_file, sizes.pixels), device, latents_from, minutes or {}, bar, more_file)
     work.record.setting(preset=preset, **asdict(sizes), adopted_latents=latents_from is not None, device=device.type)
     for stage in stages:
         STAGES[stage](work)

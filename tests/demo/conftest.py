@@ -27,8 +27,11 @@ TINY = model.Preset(
     style_batch=2,
     subject_steps=1,
     subject_batch=2,
+    together_steps=2,
     judge_steps=2,
     judge_batch=8,
+    style_judge_steps=2,
+    style_judge_batch=8,
 )
 
 
@@ -50,7 +53,16 @@ def picture_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def trained(picture_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def more_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Other hands' drawings of two subjects."""
+    file = tmp_path_factory.mktemp("data") / "more.npz"
+    x = np.random.default_rng(1).integers(0, 256, (4, 16, 16, 3), dtype=np.uint8)
+    np.savez(file, x=x, subj=np.array([0, 0, 1, 1]))
+    return file
+
+
+@pytest.fixture(scope="session")
+def trained(picture_file: Path, more_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder that all stages but the measuring leave behind, two LoRAs made."""
     out = tmp_path_factory.mktemp("trained")
     with pytest.MonkeyPatch.context() as patch:
@@ -58,5 +70,5 @@ def trained(picture_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
         patch.setattr(split, "HELD_SUBJECTS", ("fox",))
         patch.setattr(split, "HELD_STYLES", ("hc",))
         stages = [stage for stage in train.STAGES if stage != "measure"]
-        train.train_demo(out, picture_file, stages=stages, threads=1, bar=False)
+        train.train_demo(out, picture_file, stages=stages, threads=1, bar=False, more_file=more_file)
     return out

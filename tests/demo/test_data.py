@@ -85,6 +85,26 @@ def test_the_data_file_holds_what_the_packages_draw(packages: Path) -> None:
     assert made.images[shown["fox", "noto"], :, 6, 4].tolist() == [255, 255, 255]
 
 
+def test_other_hands_drawings_are_found_by_the_names_that_other_sets_give(packages: Path) -> None:
+    own = {"twemoji": {"fox": "#0f0"}, "emojione": {"bird": "#00f"}, "fxemoji": {"fox": "#f0f"}}
+    square = '<path fill="{}" d="M0 0h4v2H0z"/>'
+    for hand, package in source.OTHER_HANDS.items():
+        characters = json.dumps({FOX: "fox"}).encode() if hand == "twemoji" else b"{}"
+        drawn = icons(**{name: square.format(colour) for name, colour in own[hand].items()})
+        write_archive(packages / source.archive(package), {"icons.json": drawn, "chars.json": characters})
+    file = packages / "other.npz"
+    source.build_other_hands(packages, file, pixels=8, bar=False)
+    with np.load(file) as made:
+        names = [split.catalogue()[index][0] for index in made["subj"]]
+        colours = made["x"][:, 1, 4].tolist()
+    assert sorted(zip(names, colours, strict=True)) == [
+        ("bird", [0, 0, 255]),  # by its own name
+        ("fox", [0, 255, 0]),
+        ("fox", [255, 0, 255]),
+        ("swan", [0, 0, 255]),
+    ]
+
+
 def test_packages_that_are_there_are_not_fetched(packages: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(source.subprocess, "run", lambda *a, **k: pytest.fail("fetched again"))
     source.fetch(packages)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -134,8 +135,10 @@ def test_a_judge_comes_back_from_its_folder(tmp_path: Path) -> None:
     made.save(tmp_path)
     loaded = judge.Judge.load(tmp_path)
     images = torch.rand(9, 3, 64, 64)
+    features = judge.features_of(made.subject, images)
     assert loaded.subjects == ["fox", "owl", "key"]
-    assert all(torch.equal(a, b) for a, b in zip(loaded.logits(images), made.logits(images), strict=True))
+    assert torch.equal(loaded.subject(images), made.subject(images))
+    assert torch.equal(loaded.style(features), made.style(features))
 
 
 def test_a_judge_takes_pictures_of_any_size() -> None:
@@ -164,12 +167,37 @@ def test_line_art_draws_the_edge_of_a_shape_or_fills_it() -> None:
     assert (inside[~outlined] == -1).all()
 
 
-def test_variations_keep_white_paper_white() -> None:
-    generator = torch.Generator().manual_seed(0)
-    varied = judge.vary(torch.ones(64, 3, 16, 16), generator)
+@pytest.mark.parametrize("change", [judge.moved, judge.blurred, judge.recoloured])
+def test_variations_keep_white_paper_white(change: Callable[..., torch.Tensor]) -> None:
+    varied = change(torch.ones(64, 3, 16, 16), torch.Generator().manual_seed(0))
     assert varied.shape == (64, 3, 16, 16)
     assert varied.mean() > 0.95
     assert varied.max() <= 1
+
+
+def test_style_features_know_colours_and_edges_but_not_shapes() -> None:
+    picture = torch.ones(1, 3, 64, 64)
+    picture[:, 1:, 20:30, 10:40] = -1
+    red, moved = judge.style_features(picture), judge.style_features(picture.roll((9, 7), (2, 3)))
+    blue = judge.style_features(picture.flip(1))
+    assert torch.equal(red, moved)
+    assert (red - blue).abs().max() == 1  # all of the ink is in another cell
+    assert red.square().sum() == pytest.approx(len(judge.CELLS) + 1)
+
+
+def test_a_white_picture_has_no_colours() -> None:
+    features = judge.style_features(torch.ones(1, 3, 64, 64))
+    assert features.isfinite().all()
+    assert features.square().sum() == 1  # one flat area
+
+
+def test_other_hands_drawings_are_drawn_by_their_place_after_the_pictures(picture_file: Path) -> None:
+    pictures = data.load(picture_file, 16)
+    more = torch.zeros(2, 3, 16, 16, dtype=torch.uint8)
+    lessons = judge.Lessons(pictures, pictures.images, more, np.array([0, 1]))
+    drawn = lessons.draw(torch.tensor([len(pictures), 3, len(pictures) + 1]), torch.Generator())
+    assert torch.equal(drawn[1], pictures.images[3].float() / 127.5 - 1)
+    assert (drawn[[0, 2]] == -1).all()
 
 
 def test_right_counts_subject_style_and_both() -> None:

@@ -38,10 +38,10 @@ def test_everything_in_the_box_is_fp16(trained: Path) -> None:
 def test_the_record_tells_every_stage(tiny: model.Preset, trained: Path) -> None:
     record = json.loads((trained / "record.json").read_text())
     assert record["settings"]["pixels"] == 16
-    stages = {"autoencoder", "text", "unet", "judge", "style-high-contrast", "subject-fox"}
+    stages = {"autoencoder", "text", "unet", "judge-subject", "judge-style", "style-high-contrast", "subject-fox"}
     assert record["stages"].keys() == stages
     assert record["stages"]["unet"]["steps"] == tiny.base_steps
-    assert record["figures"].keys() == {"judge on real pictures held out of its last training"}
+    assert record["figures"].keys() == {"judge on real pictures that it has not seen"}
 
 
 def test_the_judge_knows_the_split(trained: Path) -> None:
@@ -56,7 +56,7 @@ def test_adopted_latents_train_decoder_and_encoder(
     monkeypatch.setitem(model.PRESETS, "cpu", tiny)
     adopted = trained / "model" / "vae"
     train.train_demo(tmp_path, picture_file, latents_from=adopted, stages=["autoencoder"], threads=1, bar=False)
-    assert json.loads((tmp_path / "record.json").read_text())["stages"].keys() == {"decoder", "encoder"}
+    assert json.loads((tmp_path / "record.json").read_text())["stages"].keys() == {"decoder", "encoder", "together"}
 
 
 def test_an_unknown_stage_is_refused_with_those_there_are(picture_file: Path, tmp_path: Path) -> None:

@@ -119,5 +119,14 @@ def test_the_true_pictures_are_in_the_box_and_the_judge_knows_them() -> None:
 
 def test_the_record_has_every_stage_and_its_seconds() -> None:
     stages = record()["stages"]
-    assert {"decoder", "encoder", "together", "text", "unet", "judge-subject", "judge-style", *EXPECTED_LORAS} == stages.keys()
+    assert {
+        "decoder",
+        "encoder",
+        "together",
+        "text",
+        "unet",
+        "judge-subject",
+        "judge-style",
+        *EXPECTED_LORAS,
+    } == stages.keys()
     assert all(stage["seconds"] > 0 and stage["losses"] for stage in stages.values())

@@ -116,7 +116,7 @@ def train_decoder(
 
     def loss(step: int, generator: torch.Generator) -> torch.Tensor:
         index, mirrored, true = drawn(images, batch, generator)
-        z = (known.flipped if mirrored else known.z)[index]
+        z = known.at(index, mirrored)
         z = z + LATENT_NOISE * torch.randn(z.shape, generator=generator).to(z.device)
         return picture_loss(decoder(z), true)
 
@@ -138,7 +138,7 @@ def train_encoder(
 
     def loss(step: int, generator: torch.Generator) -> torch.Tensor:
         index, mirrored, seen = drawn(images, batch, generator)
-        return mse_loss(encoder(seen), (known.flipped if mirrored else known.z)[index])
+        return mse_loss(encoder(seen), known.at(index, mirrored))
 
     encoder = Encoder(whole)
     return loop.train(file, encoder, loss, schedule, seed=4, bar=bar)
@@ -166,7 +166,7 @@ def train_together(
         turns, channels = int(torch.randint(4, (), generator=generator)), torch.randperm(3, generator=generator)
         true = torch.cat([true[:half], true[half:, channels.to(true.device)].rot90(turns, (2, 3))])
         z = encoder(true)
-        drift = mse_loss(z[:half], (known.flipped if mirrored else known.z)[index[:half]])
+        drift = mse_loss(z[:half], known.at(index[:half], mirrored))
         noise = LATENT_NOISE * torch.randn(z.shape, generator=generator).to(z.device)
         return picture_loss(decoder(z + noise), true) + DRIFT_WEIGHT * drift
 

@@ -32,6 +32,10 @@ class Latents:
     def to(self, device: torch.device) -> Latents:
         return Latents(*(value.to(device) for value in vars(self).values()))
 
+    def at(self, index: torch.Tensor, mirrored: bool) -> torch.Tensor:
+        """The latents of some pictures, or of their mirror images: [len(index), 4, h, w]."""
+        return (self.flipped if mirrored else self.z)[index]
+
     def save(self, file: Path) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         save_file({name: value.contiguous() for name, value in vars(self).items()}, file)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -23,6 +24,16 @@ from lib_dynfuse.roles import parse_role
 _PART_OF_FUSED = re.compile(r"(.*)_([qkv])_proj$")
 
 
+@dataclass(frozen=True)
+class _Taken:
+    """A network out of the host's list: what stands there instead, and the keys of its modules that are ours."""
+
+    stripped: Any
+    network: Any
+    role: Role
+    keys: list[str]
+
+
 class Automatic1111:
     """The host as one generation sees it; `networks` is the module of its Lora extension."""
 
@@ -30,8 +41,7 @@ class Automatic1111:
 
     def __init__(self, networks: Any) -> None:
         self._networks = networks
-        # By the id of the stripped copy in the host's list: the copy, the network itself, its role.
-        self._taken: dict[int, tuple[Any, Any, Role]] = {}
+        self._taken: list[_Taken] = []
 
     def read_tags(self, networks: Mapping[str, Sequence[Any]]) -> list[Tag]:
         tags = [_tag(params.items) for kind in ("lora", "lyco") for params in networks.get(kind, ())]
@@ -61,7 +71,7 @@ class Automatic1111:
             # The host looks at names and numbers to see whether a layer has to be merged anew.
             stripped.dyn_dim = ("without its UNet part", network.dyn_dim)
             loaded[place] = stripped
-            self._taken[id(stripped)] = (stripped, network, role)
+            self._taken.append(_Taken(stripped, network, role, ours))
         found = {network.mentioned_name or network.name for network in loaded}
         said += [f"no LoRA {name} was found: its role changes nothing" for name in roles if name not in found]
         return said
@@ -72,11 +82,11 @@ class Automatic1111:
     def _restore(self) -> None:
         """The networks themselves in the host's list, with what the host has set on the copies since."""
         loaded = self._networks.loaded_networks
+        taken = {id(one.stripped): one.network for one in self._taken}
         for place, network in enumerate(loaded):
-            found = self._taken.get(id(network))
-            if found is None:
+            itself = taken.get(id(network))
+            if itself is None:
                 continue
-            _, itself, _ = found
             for name in ("te_multiplier", "unet_multiplier", "mentioned_name"):
                 setattr(itself, name, getattr(network, name))
             if not isinstance(network.dyn_dim, tuple):
@@ -86,19 +96,19 @@ class Automatic1111:
 
     def layers(self) -> Layers:
         deltas: dict[str, dict[Role, list[Delta]]] = {}
-        modules = self._unet_modules()
-        for _, network, role in self._taken.values():
-            for key in self._divide(network)[0]:
-                layer, part = self._layer(key)
-                delta = self._delta(network.modules[key], layer, part)
-                deltas.setdefault(modules[id(layer)], {}).setdefault(role, []).append(delta)
         unet = self._unet
+        modules = {id(module): name for name, module in unet.named_modules()}
+        for taken in self._taken:
+            for key in taken.keys:
+                layer, part = self._layer(key)
+                delta = self._delta(taken.network.modules[key], layer, part)
+                deltas.setdefault(modules[id(layer)], {}).setdefault(taken.role, []).append(delta)
         return {
             name: (
                 unet.get_submodule(name),
                 {role: found[0] if len(found) == 1 else Sum(*found) for role, found in deltas[name].items()},
             )
-            for name in modules.values()
+            for name in modules.values()  # in the order of the network
             if name in deltas
         }
 
@@ -131,10 +141,6 @@ class Automatic1111:
         unet: nn.Module = self._model.model.diffusion_model
         return unet
 
-    def _unet_modules(self) -> dict[int, str]:
-        """The id of every module of the UNet and its path there, in the order of the network."""
-        return {id(module): name for name, module in self._unet.named_modules()}
-
     def _layer(self, key: str) -> tuple[Any, int | None]:
         """The layer that a network's key is about, and which third of it where it is a fused q, k and v."""
         mapping = self._model.network_layer_mapping
@@ -145,7 +151,7 @@ class Automatic1111:
 
     def _divide(self, network: Any) -> tuple[list[str], list[str]]:
         """The keys of a network that we can take over, and those in the UNet that we cannot."""
-        unet = self._unet_modules()
+        unet = {id(module) for module in self._unet.modules()}
         ours: list[str] = []
         left: list[str] = []
         for key in network.modules:

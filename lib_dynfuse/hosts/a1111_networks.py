@@ -46,22 +46,22 @@ def delta_of(module: Any, layer: nn.Module, weight: Callable[[], Tensor]) -> Del
 
 
 def _dense(module: Any, layer: nn.Module, weight: Tensor) -> Delta:
+    module = copy.copy(module) if weight.device.type != "cpu" else _in_float32(module)
+    module.multiplier = lambda: 1.0  # ours to apply
     with torch.no_grad():
-        update, bias = _at_full_strength(module, weight.device).calc_updown(weight)
+        update, bias = module.calc_updown(weight)
     if isinstance(layer, NORMS):
         return Affine(update, bias, Norm.of(layer))
     geometry = _geometry(layer)
     return Dense(_widened(update, layer, geometry), bias, geometry)
 
 
-def _at_full_strength(module: Any, device: torch.device) -> Any:
-    """A copy without the multiplier, which is ours to apply, and in float32 where half precision cannot multiply."""
+def _in_float32(module: Any) -> Any:
+    """A copy whose factors a CPU can multiply: it cannot in half precision."""
     module = copy.copy(module)
-    module.multiplier = lambda: 1.0
-    if device.type == "cpu":
-        for name, value in vars(module).items():
-            if isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16):
-                setattr(module, name, value.float())
+    for name, value in vars(module).items():
+        if isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16):
+            setattr(module, name, value.float())
     return module
 
 
@@ -91,7 +91,7 @@ def _low_rank(module: Any, layer: nn.Module) -> Delta | None:
 def _kronecker(module: Any, layer: nn.Module) -> Delta | None:
     geometry = _geometry(layer)
     kernel = tuple(layer.kernel_size) if isinstance(layer, nn.Conv2d) else ()
-    module = _at_full_strength(module, torch.device("cpu"))  # where its factors are multiplied, if they are two
+    module = _in_float32(module)  # factors that are products themselves are multiplied here
     product = Kronecker.from_lokr(
         w1=module.w1,
         w1_a=module.w1a,

@@ -10,7 +10,7 @@ from lib_dynfuse.options import FIELDS, Options, OptionsError
 
 # The panel's components stand in this order, so this is what a positional list means.
 ORDER: tuple[str, ...] = tuple(option.name for option in FIELDS)
-_WORDS = {"on": True, "true": True, "off": False, "false": False}
+SWITCH = {"on": True, "true": True, "off": False, "false": False}
 
 
 def read_arguments(args: Sequence[Any], overrides: Mapping[str, Any] | None = None) -> Options:
@@ -67,8 +67,8 @@ def format_parameters(parameters: Mapping[str, Any]) -> str:
 
 
 def _value(text: str) -> bool | int | float | str:
-    if text.lower() in _WORDS:
-        return _WORDS[text.lower()]
+    if text.lower() in SWITCH:
+        return SWITCH[text.lower()]
     for kind in (int, float):
         try:
             return kind(text)

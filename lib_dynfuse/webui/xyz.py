@@ -7,11 +7,10 @@ from typing import Any
 
 from lib_dynfuse.core.strategies import strategies
 from lib_dynfuse.options import FIELDS, Option, OptionsError
-from lib_dynfuse.webui.arguments import parse_parameters, read_values
+from lib_dynfuse.webui.arguments import SWITCH, parse_parameters, read_values
 
 PREFIX = "[DynFuse]"
 _ATTRIBUTE = "_dynfuse_overrides"
-_SWITCH = {"on": True, "true": True, "off": False, "false": False}
 # The host loads its scripts under bare file names; its forks under the dotted one.
 _MODULES = ("xyz_grid.py", "scripts.xyz_grid")
 
@@ -87,9 +86,9 @@ def _confirm_names(parameters: Mapping[str, Any]) -> None:
 def _value(option: Option, x: Any) -> Any:
     """An axis value, text or number, as the option's own."""
     if isinstance(option.default, bool):
-        if str(x).strip().lower() not in _SWITCH:
+        if str(x).strip().lower() not in SWITCH:
             raise OptionsError(f"{option.name}: {x!r} is not {option.allowed.replace(', ', ' or ')}")
-        return _SWITCH[str(x).strip().lower()]
+        return SWITCH[str(x).strip().lower()]
     if option.name == "parameters":
         return parse_parameters(x)
     # The host's ranges add up steps: 0-1 (+0.1) ends a few 1e-16 beyond 1.

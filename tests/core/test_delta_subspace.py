@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from cases import rand, same
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -27,16 +28,6 @@ from lib_dynfuse.core.delta import (
 
 SAME_SIZE = Geometry(padding=(1, 1))
 GROUPED = Geometry(padding=(1, 1), groups=2)
-
-
-def rand(*shape: int, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed + sum(shape))
-    return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-
-def same(actual: Tensor | None, expected: Tensor) -> None:
-    assert actual is not None
-    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
 
 
 def with_a_weight() -> dict[str, Delta]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +33,10 @@ class Geometry:
         if border != "zeros" and isinstance(module.padding, str):
             raise ValueError(f"padding_mode {border!r} with padding {module.padding!r} is not supported")
         return cls(module.stride, module.padding, module.dilation, module.groups, border)
+
+    def every(self, step: int) -> Geometry:
+        """The geometry of a layer that makes only every step-th pixel, down and across; padding must be in numbers."""
+        return replace(self, stride=tuple(stride * step for stride in self.stride))
 
     def conv(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, groups: int = 1) -> Tensor:
         """`weight` over `x` with this stride, padding and dilation; the groups are the caller's to choose."""

@@ -27,6 +27,8 @@ Divergence = Callable[..., Tensor]
 _SERIES_BELOW = 0.25
 _LN2 = math.log(2.0)
 _CUMULANTS_BELOW = 1 / 16
+# The base's largest power is 1: float32 has room for 2 to this, times channels, and for 2 to minus this.
+_POWERS_WITHIN = 64.0
 
 
 def _log_ratio(base: Tensor, delta: Tensor, temperature: float, dim: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -140,13 +142,9 @@ class _Pair:
         self.shifted, self.base_powers, self.powers, self.centred = (
             work.take(slot, base) for slot in ("shifted", "base powers", "powers", "centred")
         )
-        peak = base.amax(dim, keepdim=True)
-        if base.dtype == torch.float32:
-            torch.sub(base, peak, out=self.shifted)
-        else:
-            # A subtraction of two half-precision tensors would be rounded to half precision.
-            self.shifted.copy_(base).sub_(peak)
-        self.shifted.mul_(self.bits)
+        # The peak in float32, so that half-precision features are not rounded once more.
+        peak = base.amax(dim, keepdim=True).float().mul_(-self.bits)
+        torch.add(peak, base, alpha=self.bits, out=self.shifted)
         self.z0 = self._sum(torch.exp2(self.shifted, out=self.base_powers))
 
     def _sum(self, values: Tensor) -> Tensor:
@@ -156,21 +154,24 @@ class _Pair:
         limit = _CUMULANTS_BELOW / self.scale
         if devices.readable(delta.device):
             lowest, highest = torch.aminmax(delta)
-            weak = max(float(highest), -float(lowest)) <= limit
-            found = self._by_cumulants(delta) if weak else self._closed_form(delta)
+            largest = max(float(highest), -float(lowest))
+            within = largest * self.bits <= _POWERS_WITHIN
+            found = self._by_cumulants(delta) if largest <= limit else self._closed_form(delta, within)
         else:
-            largest = torch.maximum(delta.amax(self.dim, keepdim=True), -delta.amin(self.dim, keepdim=True))
-            found = torch.where(largest <= limit, self._by_cumulants(delta), self._closed_form(delta))
+            most = torch.maximum(delta.amax(self.dim, keepdim=True), -delta.amin(self.dim, keepdim=True))
+            found = torch.where(most <= limit, self._by_cumulants(delta), self._closed_form(delta))
         return found.squeeze(self.dim)
 
-    def _closed_form(self, delta: Tensor) -> Tensor:
+    def _closed_form(self, delta: Tensor, within: bool = False) -> Tensor:
+        """`within`: the delta is known to be small enough that no power overflows, nor all of a token's vanish."""
         powers = self.powers
         torch.add(self.shifted, delta, alpha=self.bits, out=powers)
-        peak = powers.amax(self.dim, keepdim=True)
-        torch.exp2(powers.sub_(peak), out=powers)
+        peak = None if within else powers.amax(self.dim, keepdim=True)
+        torch.exp2(powers if peak is None else powers.sub_(peak), out=powers)
         z = self._sum(powers)
         mean = self._sum(powers.mul_(delta)).div_(z).mul_(self.scale)
-        return mean.sub_(z.div_(self.z0).log2_().add_(peak).mul_(_LN2))
+        bits = z.div_(self.z0).log2_()
+        return mean.sub_((bits if peak is None else bits.add_(peak)).mul_(_LN2))
 
     def _by_cumulants(self, delta: Tensor) -> Tensor:
         """With K(t) = log E_0[exp(t d)], KL = K'(1) - K(1) = k2 / 2 + k3 / 3 + k4 / 8 + ..., k the cumulants of d."""

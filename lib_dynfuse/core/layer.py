@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -81,6 +82,7 @@ class Work:
         self.x = x if x.dtype == y.dtype else x.to(y.dtype)
         self.tokens = as_tokens(y, channel_dim)
         self.rows = rows
+        self.size = (y.shape[2], y.shape[3]) if channel_dim == 1 and y.dim() == 4 else None
         self.dim = -1 if self.tokens.stride(-1) == 1 else 0
 
     def look(self, sampled: int, rows: tuple[int, ...] | None = None) -> Iterator[Features]:
@@ -91,6 +93,12 @@ class Work:
     def add(self, selection: Selection) -> None:
         """Adds what the selection gives each role; its tensors are [rows] or [rows, T]."""
         raise NotImplementedError
+
+    def _places(self, sampled: int) -> Tensor | None:
+        """Which of the T tokens are looked at, None for all of them."""
+        if self.size is not None:
+            return lattice_index(*self.size, lattice_step(*self.size, sampled), self.tokens.device)
+        return sample_index(self.tokens.shape[1], sampled, self.tokens.device)
 
     def _native(self, tokens: Tensor) -> Tensor:
         """[B, T, C] in the output's own memory order: itself, or [B, C, T]."""
@@ -147,9 +155,11 @@ class PackedWork(Work):
     def look(self, sampled: int, rows: tuple[int, ...] | None = None) -> Iterator[Features]:
         packed, items = self._packed, self._items(rows)
         y = self.tokens[items]
-        index = sample_index(y.shape[1], sampled, y.device)
-        if index is not None and self._winners_only and packed.geometry is None:
+        index = self._places(sampled)
+        if index is not None and self._winners_only and self.size is None:
             hidden = packed.hidden(as_tokens(self.x, -1)[items][:, index])
+        elif index is not None and self._winners_only and self.size is not None and packed.strides:
+            hidden = packed.hidden(self.x[items], step=lattice_step(*self.size, sampled))
         elif rows is not None and self._winners_only:
             hidden = packed.hidden(self.x[items])
         else:
@@ -238,7 +248,7 @@ class PlainWork(Work):
     def look(self, sampled: int, rows: tuple[int, ...] | None = None) -> Iterator[Features]:
         items = self._items(rows)
         whole = tuple(one[items] for one in (self.tokens, self._delta(0), self._delta(1)))
-        index = sample_index(self.tokens.shape[1], sampled, self.tokens.device)
+        index = self._places(sampled)
         if index is not None:
             base, subject, style = (one[:, index].flatten(0, 1) for one in whole)
             yield Features(base, subject, style, -1)
@@ -275,6 +285,7 @@ def _without_bias(module: nn.Module, part: Part, y: Tensor) -> Tensor:
 _GOLDEN = 0.6180339887498949
 
 
+@functools.cache
 def sample_index(tokens: int, wanted: int, device: torch.device) -> Tensor | None:
     """Positions of `wanted` tokens spread evenly over `tokens`, None when all are looked at.
 
@@ -283,13 +294,26 @@ def sample_index(tokens: int, wanted: int, device: torch.device) -> Tensor | Non
     """
     if not 0 < wanted < tokens:
         return None
-    key = (tokens, wanted, device)
-    if key not in _INDICES:
-        places = [int((i + i * _GOLDEN % 1.0) * tokens / wanted) for i in range(wanted)]
-        # It outlives the host's inference mode, and autograd may keep no inference tensor.
-        with torch.inference_mode(False):
-            _INDICES[key] = torch.tensor(places).to(device, non_blocking=True)
-    return _INDICES[key]
+    return _on(device, [int((i + i * _GOLDEN % 1.0) * tokens / wanted) for i in range(wanted)])
 
 
-_INDICES: dict[tuple[int, int, torch.device], Tensor] = {}
+def lattice_step(tall: int, wide: int, wanted: int) -> int:
+    """The widest spacing of a square lattice that has at least `wanted` of tall x wide pixels; 1 for all of them."""
+    step = 1
+    while 0 < wanted <= -(-tall // (step + 1)) * -(-wide // (step + 1)):
+        step += 1
+    return step
+
+
+@functools.cache
+def lattice_index(tall: int, wide: int, step: int, device: torch.device) -> Tensor | None:
+    """Positions of every step-th of tall x wide pixels, down and across; None when that is every one."""
+    if step == 1:
+        return None
+    return _on(device, [y * wide + x for y in range(0, tall, step) for x in range(0, wide, step)])
+
+
+def _on(device: torch.device, places: list[int]) -> Tensor:
+    # It outlives the host's inference mode, and autograd may keep no inference tensor.
+    with torch.inference_mode(False):
+        return torch.tensor(places).to(device, non_blocking=True)

@@ -45,6 +45,11 @@ class Packed:
     def nbytes(self) -> int:
         return self._down.nbytes + self._up.nbytes
 
+    @property
+    def strides(self) -> bool:
+        """Whether `hidden` can leave pixels out: torch strides over no padding that is given in words."""
+        return self.geometry is not None and not isinstance(self.geometry.padding, str)
+
     def _read_scales(self) -> tuple[float, ...]:
         return tuple(scaled.scale for scaled in self._varying)
 
@@ -63,12 +68,12 @@ class Packed:
             self._up = torch.cat([one.up.to(x.device, x.dtype).flatten(1).T for one in factors])
         self._factors, self._scales, self._place = None, scales, (x.dtype, x.device)
 
-    def hidden(self, x: Tensor, role: int | None = None) -> Tensor:
-        """x · A^T of both roles, or of one: [B, T, r]."""
+    def hidden(self, x: Tensor, role: int | None = None, step: int = 1) -> Tensor:
+        """x · A^T of both roles, or of one: [B, T, r]; of a convolution's every step-th pixel, down and across."""
         down = self._down if role is None else self._down[self.columns(role)]
         if self.geometry is None:
             return as_tokens(torch.nn.functional.linear(x, down), -1)
-        return as_tokens(self.geometry.conv(x, down), 1)
+        return as_tokens(self.geometry.every(step).conv(x, down), 1)
 
     def columns(self, role: int) -> slice:
         """Where a role's rank stands in `hidden`."""

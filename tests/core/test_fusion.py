@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from toy import BOTH, CFG, Layers, Log, Toy, as_dense, fused, inputs, merged, ra
 from lib_dynfuse.core import Fusion, Role, Row, strategies, strategy
 from lib_dynfuse.core.delta import Affine, Dense, Geometry, LowRank, Norm, OutputScale, Rows, Scaled, Sum
 from lib_dynfuse.core.divergence import kl_divergence
-from lib_dynfuse.core.layer import sample_index
+from lib_dynfuse.core.layer import lattice_index, lattice_step, sample_index
 
 
 @pytest.mark.parametrize("form", ["low rank", "dense"])
@@ -157,6 +158,36 @@ def test_sampled_tokens_are_distinct_spread_out_and_do_not_follow_a_pictures_col
     assert index.diff().max() <= 32
     assert len({place % 32 for place in index.tolist()}) > 16
     assert sample_index(64, 64, torch.device("cpu")) is None
+
+
+@pytest.mark.parametrize("form", ["low rank", "dense"])
+@pytest.mark.parametrize(
+    "shape",
+    [{"padding": 1}, {"padding": 1, "stride": 2}, {"padding": "same"}, {"padding": 1, "padding_mode": "reflect"}],
+)
+def test_a_convolution_is_sampled_on_a_lattice(form: str, shape: dict[str, Any]) -> None:
+    layer, x = nn.Conv2d(4, 8, 3, **shape), torch.randn(6, 4, 11, 9)
+    generator = torch.Generator().manual_seed(3)
+    layers: Layers = {"c": (layer, {role: random_lora(layer, 2, 0.05, generator) for role in BOTH})}
+    with torch.no_grad():
+        base = layer(x)
+        parts = [layers["c"][1][role](x, base) for role in BOTH]
+        step = lattice_step(*base.shape[2:], 6)
+        assert step > 1
+        d = [kl_divergence(base, part, dim=1)[:, ::step, ::step].mean((1, 2)) for part in parts]
+        expected = base + torch.where((d[0] >= d[1]).view(-1, 1, 1, 1), *parts)
+        found = fused(layer, layers if form == "low rank" else as_dense(layers), "kl", [x], sample_tokens=6)
+    assert 0 < int((d[0] >= d[1]).sum()) < 6, "the test needs winners of both roles"
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_lattice_has_as_many_pixels_as_are_wanted_or_a_few_more() -> None:
+    assert [lattice_step(32, 32, wanted) for wanted in (0, 64, 65, 1024, 2000)] == [1, 4, 3, 1, 1]
+    assert lattice_step(96, 64, 64) == 10
+    places = lattice_index(6, 4, 3, torch.device("cpu"))
+    assert places is not None
+    assert places.tolist() == [0, 3, 12, 15]
+    assert lattice_index(6, 4, 1, torch.device("cpu")) is None
 
 
 # Fused layers.

@@ -46,7 +46,6 @@ class Session:
         self._active = False
         self._fusion: Fusion | None = None
         self._trace: Trace | None = None
-        self._rows: list[Row] = []
         self._first_step = 0  # of this sampling, in the trace: a hires pass counts on
         self._last_step = -1
         self._attached = ExitStack()
@@ -58,6 +57,7 @@ class Session:
 
     def activate(self, networks: Mapping[str, Sequence[Any]]) -> None:
         """The host has loaded the prompt's LoRAs: take over those with a role. Never raises; what is wrong is told."""
+        under_way = self._fusion is not None
         self._detach()
         self._active = False
         _open[:] = [*(one for one in _open if one is not self), self]
@@ -74,6 +74,9 @@ class Session:
             self._give_up(f"the LoRAs could not be taken over ({type(error).__name__}: {error})")
         if not self._active:
             self._host.give_back()
+        elif under_way:
+            # A refiner takes over in the middle of a sampling, which no call announces; otherwise `attach` comes again.
+            self._install()
 
     def _worth_taking(self, tags: Sequence[Tag]) -> bool:
         names = {role: [str(tag) for tag in tags if tag.role is role] for role in Role}
@@ -94,12 +97,15 @@ class Session:
         self._detach()
         if not self._active:
             return
+        self._first_step = self._last_step + 1
+        if self._trace is None:
+            self._trace = Trace(passes=max(1, steps), tokens=self.options.strategy == "kl-token")
+        self._install()
+
+    def _install(self) -> None:
         try:
             layers = self._host.layers()
-            self._check(layers)
-            self._first_step = self._last_step + 1
-            if self._trace is None:
-                self._trace = Trace(passes=max(1, steps), tokens=self.options.strategy == "kl-token")
+            self._tell_what_is_apart(layers)
             window = (self.options.start, self.options.stop)
             fusion = Fusion(layers, self._strategy, self._trace, window=window)
             self._attached.callback(self._host.watch(self._before_unet))
@@ -110,7 +116,7 @@ class Session:
             _log.exception("fusion could not begin")
             self._give_up(f"fusion could not begin ({type(error).__name__}: {error})")
 
-    def _check(self, layers: Layers) -> None:
+    def _tell_what_is_apart(self, layers: Layers) -> None:
         roles = {role for _, deltas in layers.values() for role in deltas}
         if len(roles) == 2 and not any(len(deltas) == 2 for _, deltas in layers.values()):
             self.tell("the subject's and the style's LoRA have no layer in common: each is applied as it is")
@@ -126,25 +132,18 @@ class Session:
         """The host is about to call the UNet for one denoising step."""
         if self._fusion is None:
             return
-        place = self._host.place(params)
-        self._move(place)
-
-    def _move(self, place: Place) -> None:
-        assert self._fusion is not None
+        place: Place = self._host.place(params)
         step = self._first_step + place.step
         self._last_step = max(self._last_step, step)
         self._fusion.step = step
         self._fusion.progress = min(1.0, place.step / (place.total - 1)) if place.total > 1 else 0.0
-        self._rows = list(place.rows)
         if self._trace is not None:
             self._trace.sigma = place.sigma
 
-    def _before_unet(self, count: int) -> None:
-        """The rows of one call: the host may feed a step's rows in several calls, and cut the last ones off."""
-        if self._fusion is None:
-            return
-        rows, self._rows = self._rows[:count], self._rows[count:]
-        self._fusion.rows = rows if len(rows) == count else []
+    def _before_unet(self, rows: Sequence[Row] | None) -> None:
+        if self._fusion is not None:
+            self._fusion.paused = rows is None
+            self._fusion.rows = rows or ()
 
     def finish_batch(self) -> Record | None:
         """The pictures of a batch are sampled: give everything back. Returns what was chosen, None without fusion."""
@@ -170,5 +169,4 @@ class Session:
 
     def _detach(self) -> None:
         self._fusion = None
-        self._rows = []
         self._attached.close()

@@ -35,7 +35,11 @@ PACKAGES: dict[str, set[str]] = {
     "infotext": set(),
 }
 # Packages that only these rooms may import, wherever they stand.
-KEPT: dict[str, set[str]] = {"gradio": {"webui", "scripts"}, "modules": {"hosts", "webui", "scripts"}}
+KEPT: dict[str, set[str]] = {
+    "gradio": {"webui", "scripts"},
+    "modules": {"hosts", "webui", "scripts"},
+    "backend": {"hosts"},
+}
 
 
 def imported(source: str, package: str) -> Iterator[str]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lib_dynfuse import session as sessions
 from lib_dynfuse.core.delta import LowRank
 from lib_dynfuse.core.types import Role, Row
-from lib_dynfuse.hosts.base import Layers, Place, Tag
+from lib_dynfuse.hosts.base import Before, Layers, Place, Tag
 from lib_dynfuse.options import Options
 from lib_dynfuse.roles import RoleError
 from lib_dynfuse.session import Session
@@ -24,11 +24,14 @@ class Hand:
     """A host in the shape of `Host`: one layer, and a list of what it was asked to do."""
 
     name = "hand"
+    needs = ()
 
     def __init__(self) -> None:
         torch.manual_seed(0)
         self.unet = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6))
         self.taken = False
+        self.foreign = False
+        self.rows: Sequence[Row] = ()
         self.failure: Exception | None = None
         self.roles = (Role.SUBJECT, Role.STYLE)
 
@@ -52,11 +55,17 @@ class Hand:
 
         return {"0": (self.unet[0], {role: lora(0.5 + 0.2 * place) for place, role in enumerate(self.roles)})}
 
-    def watch(self, before: Callable[[int], None]) -> Callable[[], None]:
-        return self.unet.register_forward_pre_hook(lambda module, args: before(args[0].shape[0])).remove
+    def watch(self, before: Before) -> Callable[[], None]:
+        def look(module: nn.Module, args: tuple[Tensor]) -> None:
+            count = args[0].shape[0]
+            rows, self.rows = self.rows[:count], self.rows[count:]
+            before(None if self.foreign else rows)
 
-    def place(self, params: Place) -> Place:
-        return params
+        return self.unet.register_forward_pre_hook(look).remove
+
+    def place(self, params: tuple[Place, Sequence[Row]]) -> Place:
+        place, self.rows = params
+        return place
 
     def give_back(self) -> None:
         self.taken = False
@@ -98,7 +107,7 @@ def generate(one: Session, hand: Hand, steps: int = 3, images: int = 1, split: b
     """What the host does between loading LoRAs and decoding; `split`: cond and uncond in calls of their own."""
     outputs = []
     for step in range(steps):
-        one.step(Place(step, steps, 1.0 / (step + 1), rows(images)))
+        one.step((Place(step, steps, 1.0 / (step + 1)), rows(images)))
         x = latents(2 * images)
         parts = x.chunk(2) if split else [x]
         outputs.append(torch.cat([hand.unet(part) for part in parts]))
@@ -148,6 +157,43 @@ def test_attaching_twice_is_attaching_once(hand: Hand, said: list[str]) -> None:
 
 
 @torch.no_grad()
+def test_a_refiner_that_takes_over_within_a_sampling_is_fused_too(hand: Hand, said: list[str]) -> None:
+    one = session(hand, said)
+    one.activate({"lora": BOTH})
+    one.attach(4)
+    one.step((Place(0, 4, None), rows(1)))
+    before = hand.unet(latents(2))
+    torch.manual_seed(5)
+    hand.unet = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6))
+    plain = hand.unet(latents(2))
+    one.activate({"lora": BOTH})
+    one.step((Place(1, 4, None), rows(1)))
+    after = hand.unet(latents(2))
+    record = one.finish_batch()
+    assert not torch.equal(after, plain)
+    assert not torch.equal(after, before)
+    assert hooks(hand) == 0
+    assert record is not None
+    assert [each.step for each in record.passes] == [0, 1]
+
+
+@torch.no_grad()
+def test_a_call_that_is_none_of_the_samplings_is_left_alone(hand: Hand, said: list[str]) -> None:
+    plain = hand.unet(latents(2))
+    one = session(hand, said)
+    one.activate({"lora": BOTH})
+    one.attach(2)
+    changed = generate(one, hand, 1)
+    hand.foreign = True
+    left = generate(one, hand, 1)
+    hand.foreign = False
+    again = generate(one, hand, 1)
+    one.close()
+    assert torch.equal(left[0], plain)
+    assert torch.equal(again[0], changed[0])
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("rule", ["kl", "kl-token", "random"])
 def test_a_step_fed_in_several_calls_is_the_same_step(hand: Hand, said: list[str], rule: str) -> None:
     outputs = []
@@ -168,7 +214,7 @@ def test_rows_that_the_host_cuts_off_are_not_missed(hand: Hand, said: list[str])
     one = session(hand, said)
     one.activate({"lora": BOTH})
     one.attach(1)
-    one.step(Place(0, 1, None, rows(2)))
+    one.step((Place(0, 1, None), rows(2)))
     hand.unet(latents(2))
     record = one.finish_batch()
     assert record is not None
@@ -241,7 +287,7 @@ def test_nothing_is_fused_where_the_prompt_gives_no_roles(hand: Hand, said: list
     one = session(hand, said)
     one.activate({"lora": [Tag("fox", 1.0, None)]})
     one.attach(1)
-    one.step(Place(0, 1, None, rows(1)))
+    one.step((Place(0, 1, None), rows(1)))
     assert hooks(hand) == 0
     assert one.finish_batch() is None
 

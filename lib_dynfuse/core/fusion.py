@@ -68,6 +68,8 @@ class Fusion:
             for index, (name, (module, deltas)) in enumerate(layers.items())
         ]
         self._rule: Rule = strategy.start(self._pairs)
+        self.paused = False
+        """Whether forward passes are left alone, as a host's own ones between those that are fused."""
         self._rows: tuple[Row, ...] | None = None
         self._step, self._progress = 0, 0.0
         self._moment: Moment | None = None
@@ -163,6 +165,8 @@ class Fusion:
 
     def _hook(self, layer: Layer) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Tensor], Tensor]:
         def fuse(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor:
+            if self.paused:
+                return y
             x: Tensor = args[0] if args else next(iter(kwargs.values()))
             moment = self._begin(layer.index, x)
             if torch.is_grad_enabled() and (y.requires_grad or x.requires_grad):

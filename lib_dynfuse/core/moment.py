@@ -29,32 +29,32 @@ class Moment:
         return replace(self, step=step, progress=progress)
 
     @cached_property
-    def cond_rows(self) -> dict[int, int]:
-        """Where each picture's first cond row stands in the batch."""
-        position: dict[int, int] = {}
+    def cond_rows(self) -> dict[tuple[int, int], int]:
+        """Where the first cond row of each picture (each of its tiles) stands in the batch."""
+        position: dict[tuple[int, int], int] = {}
         for index, row in enumerate(self.rows):
             if row.cond:
-                position.setdefault(row.image, index)
+                position.setdefault(row.place, index)
         return position
 
     @cached_property
     def deciders(self) -> tuple[int, ...]:
         """The rows that decide for themselves where cond decides for uncond: all but the uncond rows whose picture has
         a cond row in this batch."""
-        return tuple(i for i, row in enumerate(self.rows) if row.cond or row.image not in self.cond_rows)
+        return tuple(i for i, row in enumerate(self.rows) if row.cond or row.place not in self.cond_rows)
 
     @cached_property
     def decided_by(self) -> tuple[int, ...]:
         """For every row the place in `deciders` of the row that decides for it."""
         place = {row: index for index, row in enumerate(self.deciders)}
         return tuple(
-            place[index] if index in place else place[self.cond_rows[row.image]] for index, row in enumerate(self.rows)
+            place[index] if index in place else place[self.cond_rows[row.place]] for index, row in enumerate(self.rows)
         )
 
     @cached_property
     def split(self) -> bool:
         """Whether a picture's cond row stands here without its uncond row, which then comes in another batch."""
-        return not {row.image for row in self.rows if not row.cond} >= set(self.cond_rows)
+        return not {row.place for row in self.rows if not row.cond} >= set(self.cond_rows)
 
     def indices(self, values: tuple[int, ...]) -> Tensor:
         """`values` as an int64 tensor on the device: sent once, without waiting, and kept while the rows stay."""

@@ -154,7 +154,7 @@ class _DivergenceRule(Rule):
         # For `decide_every`: a layer's last selection for a batch, and the step it was made in.
         self._kept: dict[tuple[int, tuple[Row, ...]], tuple[int, Selection]] = {}
         # For `couple_cfg` where a host runs the halves apart: a layer's last margin for a picture's cond half.
-        self._conds: dict[tuple[int, int], Tensor] = {}
+        self._conds: dict[tuple[int, tuple[int, int]], Tensor] = {}
         self._bias = 0.0
 
     def begin(self, moment: Moment) -> None:
@@ -202,16 +202,16 @@ class _DivergenceRule(Rule):
         call decides for itself.
         """
         if moment.split:
-            for image, row in moment.cond_rows.items():
-                self._conds[layer, image] = margin[moment.decided_by[row]]
+            for place, row in moment.cond_rows.items():
+                self._conds[layer, place] = margin[moment.decided_by[row]]
         if not self._conds:
             return margin
         rows = list(margin.unbind())
-        for place, row in enumerate(moment.deciders):
-            cond = None if moment.rows[row].cond else self._conds.get((layer, moment.rows[row].image))
+        for index, row in enumerate(moment.deciders):
+            cond = None if moment.rows[row].cond else self._conds.get((layer, moment.rows[row].place))
             # Another length of prompt is another number of tokens: nothing to take over.
-            if cond is not None and cond.shape == rows[place].shape:
-                rows[place] = cond
+            if cond is not None and cond.shape == rows[index].shape:
+                rows[index] = cond
         return torch.stack(rows)
 
     def _change_rows(self, rows: tuple[Row, ...], device: torch.device) -> None:

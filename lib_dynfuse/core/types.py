@@ -17,9 +17,16 @@ class Row(NamedTuple):
     """One item of the batch that a forward pass sees.
 
     `image` says which picture of the generation the item belongs to, `cond` whether it is the prompt's half (False: the
-    negative prompt's), `seed` is the picture's seed, which the rule `random` draws from.
+    negative prompt's), `seed` is the picture's seed, which the rule `random` draws from. Where a host feeds a picture
+    in tiles, `tile` tells apart those of one batch.
     """
 
     image: int
     cond: bool = True
     seed: int = 0
+    tile: int = 0
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """What a cond row and its uncond row have in common."""
+        return self.image, self.tile

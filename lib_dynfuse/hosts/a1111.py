@@ -16,10 +16,9 @@ from torch import Tensor, nn
 
 from lib_dynfuse.core.delta import Delta, Rows, Sum
 from lib_dynfuse.core.types import Role, Row
-from lib_dynfuse.errors import DynFuseError
 from lib_dynfuse.hosts.a1111_networks import NORMS, delta_of
-from lib_dynfuse.hosts.base import Layers, Place, Tag
-from lib_dynfuse.roles import parse_role
+from lib_dynfuse.hosts.base import Before, Layers, Place, Tag
+from lib_dynfuse.hosts.reading import place_of, read_tags
 
 _PART_OF_FUSED = re.compile(r"(.*)_([qkv])_proj$")
 
@@ -38,18 +37,20 @@ class Automatic1111:
     """The host as one generation sees it; `networks` is the module of its Lora extension."""
 
     name = "AUTOMATIC1111"
+    needs = (
+        "networks:loaded_networks",
+        "networks:network_apply_weights",
+        "networks:network_restore_weights_from_backup",
+    )
 
     def __init__(self, networks: Any) -> None:
         self._networks = networks
         self._taken: list[_Taken] = []
+        # Of a denoiser call, those that the UNet has not seen yet: it may be fed in several calls.
+        self._rows: Sequence[Row] = ()
 
     def read_tags(self, networks: Mapping[str, Sequence[Any]]) -> list[Tag]:
-        tags = [_tag(params.items) for kind in ("lora", "lyco") for params in networks.get(kind, ())]
-        roles: dict[str, Role] = {}
-        for tag in tags:
-            if tag.role is not None and roles.setdefault(tag.name, tag.role) is not tag.role:
-                raise DynFuseError(f"{tag.name} is subject and style at once; a LoRA can have one role only")
-        return tags
+        return read_tags(networks)
 
     def take(self, tags: Sequence[Tag]) -> list[str]:
         self._restore()
@@ -162,54 +163,18 @@ class Automatic1111:
             (ours if isinstance(layer, kinds) else left).append(key)
         return ours, left
 
-    def watch(self, before: Callable[[int], None]) -> Callable[[], None]:
+    def watch(self, before: Before) -> Callable[[], None]:
         def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            before((args[0] if args else next(iter(kwargs.values()))).shape[0])
+            count = (args[0] if args else next(iter(kwargs.values()))).shape[0]
+            rows, self._rows = self._rows[:count], self._rows[count:]
+            before(rows if len(rows) == count else ())
 
         handle = self._unet.register_forward_pre_hook(look, with_kwargs=True)
         return handle.remove
 
     def place(self, params: Any) -> Place:
-        sigma = params.sigma
-        return Place(
-            step=_step(params),
-            total=params.total_sampling_steps,
-            sigma=float(sigma[0]) if sigma.device.type == "cpu" else None,
-            rows=_rows(params),
-        )
-
-
-def _tag(items: Sequence[Any]) -> Tag:
-    """One tag as the host has split it at its colons. Raises RoleError.
-
-    Read from `items`: extensions that move strengths with the steps empty the host's own reading of them.
-    """
-    raw = f"<lora:{':'.join(map(str, items))}>"
-    positional: list[str] = []
-    named: dict[str, str] = {}
-    for item in map(str, items):
-        key, equals, value = item.partition("=")
-        if equals:
-            named[key.strip().lower()] = value
-        else:
-            positional.append(item)
-    role = parse_role(named["role"], raw) if "role" in named else None
-    strength = named.get("unet") or named.get("te") or next(iter(positional[2:3] or positional[1:2]), "1")
-    try:
-        unet = float(strength)
-    except ValueError:  # a schedule of another extension
-        unet = 1.0
-    return Tag(positional[0] if positional else "", unet, role)
-
-
-def _step(params: Any) -> int:
-    """The step that a denoiser call belongs to; the host's own number is still that of the step before.
-
-    Its denoiser counts calls: a sampler of second order makes two a step, some make one more at an end.
-    """
-    config = getattr(params.denoiser.sampler, "config", None)
-    calls = 2 if getattr(config, "options", {}).get("second_order") else 1
-    return max(0, min(params.denoiser.step // calls, params.total_sampling_steps - 1))
+        self._rows = _rows(params)
+        return place_of(params)
 
 
 def _rows(params: Any) -> tuple[Row, ...]:

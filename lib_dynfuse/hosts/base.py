@@ -34,20 +34,25 @@ class Tag:
 class Place:
     """Where a denoiser call stands.
 
-    `step` of `total`, from 0; `sigma` where it can be had without waiting for the device; `rows` of the batch that the
-    UNet is about to see, in order, even where the host feeds it in several calls; empty where they are not known.
+    `step` of `total`, from 0; `sigma` where it can be had without waiting for the device.
     """
 
     step: int
     total: int
     sigma: float | None
-    rows: tuple[Row, ...]
+
+
+# Called ahead of every call of the UNet with who is who in its batch, in order; empty where that is not known. None:
+# the call is not one of the sampling that is fused, and is to be left alone.
+Before = Callable[["Sequence[Row] | None"], None]
 
 
 class Host(Protocol):
     """A WebUI. One generation uses it as `read_tags`, `take`, `layers`, `watch`, `place` ..., `give_back`."""
 
     name: str
+    needs: Sequence[str]
+    """What it uses of the WebUI's own code, as `module:attribute.attribute`."""
 
     def read_tags(self, networks: Mapping[str, Sequence[Any]]) -> list[Tag]:
         """The LoRAs of the prompt. Raises DynFuseError for a role that cannot be read."""
@@ -59,13 +64,16 @@ class Host(Protocol):
         """
 
     def layers(self) -> Layers:
-        """The UNet's layers that the taken networks change, and what each role adds to them."""
+        """The UNet's layers that the taken networks change, and what each role adds to them.
 
-    def watch(self, before: Callable[[int], None]) -> Callable[[], None]:
-        """Call `before` with the number of rows ahead of every call of the UNet; returns what ends that."""
+        Asked ahead of every sampling, and again where a host announces one twice or changes its model under way.
+        """
+
+    def watch(self, before: Before) -> Callable[[], None]:
+        """Have `before` called; returns what ends that. What `layers` gave must be in place by then."""
 
     def place(self, params: Any) -> Place:
-        """Where the denoiser call of the host's `cfg_denoiser` callback stands."""
+        """Where the denoiser call of the host's `cfg_denoiser` callback stands; always asked before the UNet runs."""
 
     def give_back(self) -> None:
         """The host has its networks again, as if they had never been taken; safe to call again."""

@@ -1,20 +1,54 @@
-"""Which WebUI this is, by what it can do and not by what it calls itself."""
+"""Which WebUI this is, and whether it still has what fusion needs of it."""
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import sys
+from collections.abc import Sequence
+from typing import Any
 
+from lib_dynfuse.hosts.a1111 import Automatic1111
 from lib_dynfuse.hosts.base import Host, Unsupported
+from lib_dynfuse.hosts.forge import Forge
+
+# What a WebUI's source folder has and the others' have not, the newest kind first.
+_KINDS: tuple[tuple[str, Any], ...] = (("modules_forge", Forge), ("modules", Automatic1111))
+# What the extension's script listens to, whichever the host.
+_NEEDED_EVERYWHERE = (
+    "modules.script_callbacks:on_cfg_denoiser",
+    "modules.scripts:Script.after_extra_networks_activate",
+    "modules.scripts:Script.process_before_every_sampling",
+)
 
 
 def detect() -> Host:
     """The host that this process runs in. Raises Unsupported that names what is missing."""
-    if importlib.util.find_spec("modules_forge") is not None:
-        raise Unsupported("Forge is not supported yet")
+    kind = next((kind for folder, kind in _KINDS if importlib.util.find_spec(folder) is not None), None)
+    if kind is None:
+        raise Unsupported("this is no WebUI that is known here")
     networks = sys.modules.get("networks")
     if networks is None:
         raise Unsupported("the WebUI's own Lora extension is not there; is it switched off?")
-    from lib_dynfuse.hosts.a1111 import Automatic1111
+    missing = lacking((*kind.needs, *_NEEDED_EVERYWHERE))
+    if missing:
+        raise Unsupported(f"this {kind.name} has no {', no '.join(missing)}: it is older or newer than the ones known")
+    host: Host = kind(networks)
+    return host
 
-    return Automatic1111(networks)
+
+def lacking(needs: Sequence[str]) -> list[str]:
+    """Of `module:attribute.attribute`, those that cannot be had here."""
+    return [need for need in needs if not _has(*need.split(":"))]
+
+
+def _has(module: str, attributes: str) -> bool:
+    try:
+        found: Any = sys.modules.get(module) or importlib.import_module(module)
+    except ImportError:
+        return False
+    for attribute in attributes.split("."):
+        if not hasattr(found, attribute):
+            return False
+        found = getattr(found, attribute)
+    return True

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from lib_dynfuse.core.strategies import Parameter, strategies
+from lib_dynfuse.hosts.base import Unsupported
+from lib_dynfuse.hosts.detect import detect
 from lib_dynfuse.options import DEFAULT_STRATEGY, FIELDS, Option, OptionsError
 from lib_dynfuse.webui.arguments import ORDER, format_parameters, parse_parameters
 from lib_dynfuse.webui.infotext import paste_value
@@ -47,6 +49,8 @@ def build(is_img2img: bool, elem_id: Callable[[str], str]) -> Panel:
 
     made: dict[str, Any] = {}
     with _switch(elem_id("enabled")) as made["enabled"]:
+        if lacking := _lacking():
+            gr.HTML(f'<p class="dynfuse-lacking">Nothing can be fused here: {html.escape(lacking)}.</p>')
         # The script looks for this id, so the host has no say in it.
         gr.HTML("", elem_id=f"dynfuse_roles_{tab}")
         with gr.Row():
@@ -154,6 +158,15 @@ def _component(name: str, elem_id: Callable[[str], str]) -> Any:
     return gr.Slider(
         option.minimum, option.maximum, value=option.default, step=_step(option), interactive=enabled, **shared
     )
+
+
+def _lacking() -> str:
+    """Why this WebUI cannot be used, in words; empty if it can."""
+    try:
+        detect()
+    except Unsupported as error:
+        return str(error)
+    return ""
 
 
 def _step(option: Option) -> float:

@@ -11,7 +11,21 @@ from torch import Tensor, nn
 from toy import BOTH, CFG, Layers, Log, Toy, as_dense, fused, inputs, merged, random_lora, toy_layers
 
 from lib_dynfuse.core import Fusion, Role, Row, strategies, strategy
-from lib_dynfuse.core.delta import Affine, Dense, Geometry, LowRank, Norm, OutputScale, Rows, Scaled, Sum
+from lib_dynfuse.core.delta import (
+    Affine,
+    Decomposed,
+    Delta,
+    Dense,
+    Geometry,
+    Kronecker,
+    LowRank,
+    Norm,
+    OutputScale,
+    Rows,
+    Scaled,
+    Shift,
+    Sum,
+)
 from lib_dynfuse.core.divergence import kl_divergence
 from lib_dynfuse.core.layer import lattice_index, lattice_step, sample_index
 
@@ -223,6 +237,26 @@ def test_a_network_of_the_whole_layer_meets_one_of_its_parts() -> None:
         base = layer(x)
         found = fused(layer, {"qkv": (layer, {Role.SUBJECT: whole, Role.STYLE: Rows(q_only, 0, 4)})}, "kl", [x])
         torch.testing.assert_close(found, base + whole(x, base))
+
+
+@pytest.mark.parametrize(
+    "whole",
+    [
+        Dense(torch.ones(12, 8), torch.ones(12)),
+        Kronecker(torch.ones(3, 2), torch.eye(4)),
+        Decomposed(LowRank(torch.ones(1, 8), torch.ones(12, 1)), torch.arange(1.0, 13), torch.ones(12)),
+        Sum(LowRank(torch.ones(1, 8), torch.ones(12, 1)), Shift(torch.arange(12.0))),
+    ],
+    ids=lambda delta: type(delta).__name__,
+)
+def test_kinds_of_the_whole_layer_can_be_cut_where_another_network_divides_it(whole: Delta) -> None:
+    layer, x = nn.Linear(8, 12), torch.randn(2, 5, 8)
+    part = random_lora(nn.Linear(8, 4), 2, 0.3, torch.Generator().manual_seed(8))
+    with torch.no_grad():
+        base = layer(x)
+        expected = base + whole(x, base - layer.bias) + Rows(part, 4, 8)(x, base)
+        deltas = {Role.SUBJECT: whole, Role.STYLE: Rows(part, 4, 8)}
+        torch.testing.assert_close(fused(layer, {"qkv": (layer, deltas)}, "sum", [x]), expected)
 
 
 def test_rows_that_do_not_exist_are_named_with_the_layer() -> None:

@@ -300,28 +300,42 @@ def test_calls_of_the_denoiser_are_counted_in_steps(webui: WebUI, call: int, sec
     assert Automatic1111(webui.networks).place(params).step == step
 
 
-def test_rows_are_cond_picture_by_picture_then_uncond(webui: WebUI) -> None:
-    place = Automatic1111(webui.networks).place(denoiser_call([2, 1], 5))
-    assert place.rows == (Row(0, True, 7), Row(0, True, 7), Row(1, True, 8), Row(0, False, 7), Row(1, False, 8))
+def test_where_a_call_stands(webui: WebUI) -> None:
+    place = Automatic1111(webui.networks).place(denoiser_call([1], 2))
     assert (place.step, place.total, place.sigma) == (2, 9, 3.5)
 
 
+def seen(webui: WebUI, params: Any, *counts: int) -> list[list[Row]]:
+    """The rows that are told of calls of the UNet with `counts` pictures, after a denoiser call."""
+    found: list[list[Row]] = []
+    host = Automatic1111(webui.networks)
+    stop = host.watch(lambda rows: found.append(list(rows or ())))
+    host.place(params)
+    for count in counts:
+        webui.unet(x=torch.zeros(count, 4, 6, 6))
+    stop()
+    webui.unet(torch.zeros(1, 4, 6, 6))
+    return found
+
+
+def test_rows_are_cond_picture_by_picture_then_uncond(webui: WebUI) -> None:
+    rows = [Row(0, True, 7), Row(0, True, 7), Row(1, True, 8), Row(0, False, 7), Row(1, False, 8)]
+    assert seen(webui, denoiser_call([2, 1], 5), 5) == [rows]
+
+
+def test_rows_fed_in_several_calls_or_cut_off_are_told_apart(webui: WebUI) -> None:
+    rows = [Row(0, True, 7), Row(1, True, 8), Row(0, False, 7), Row(1, False, 8)]
+    assert seen(webui, denoiser_call([1, 1], 4), 3, 1) == [rows[:3], rows[3:]]
+    assert seen(webui, denoiser_call([1, 1], 4), 2) == [rows[:2]]
+
+
 def test_a_model_that_edits_pictures_has_two_uncond_rows_a_picture(webui: WebUI) -> None:
-    rows = Automatic1111(webui.networks).place(denoiser_call([1, 1], 6)).rows
+    [rows] = seen(webui, denoiser_call([1, 1], 6), 6)
     assert [(row.image, row.cond) for row in rows] == [
         (0, True), (1, True), (0, False), (1, False), (0, False), (1, False),
     ]  # fmt: skip
 
 
 def test_rows_that_do_not_add_up_are_not_guessed(webui: WebUI) -> None:
-    assert Automatic1111(webui.networks).place(denoiser_call([1, 1], 5)).rows == ()
-
-
-def test_the_unet_s_calls_are_watched_and_left_alone_again(webui: WebUI, image: Tensor) -> None:
-    seen: list[int] = []
-    stop = Automatic1111(webui.networks).watch(seen.append)
-    webui.unet(image)
-    webui.unet(x=image[:1])
-    stop()
-    webui.unet(image)
-    assert seen == [2, 1]
+    assert seen(webui, denoiser_call([1, 1], 5), 5) == [[]]
+    assert seen(webui, denoiser_call([1, 1], 4), 5) == [[]]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lib_dynfuse import session as sessions
 from lib_dynfuse.core.delta import LowRank
 from lib_dynfuse.core.types import Role, Row
-from lib_dynfuse.hosts.base import Layers, Place, Tag, Unsupported
+from lib_dynfuse.hosts.base import Before, Layers, Place, Tag, Unsupported
 from lib_dynfuse.webui import generation
 
 LORAS = {"lora": [Tag("fox", 1.0, Role.SUBJECT), Tag("ink", 0.9, Role.STYLE)]}
@@ -44,12 +44,12 @@ class Hand:
             "attn": (self.unet, {role: LowRank(torch.randn(2, 6), torch.randn(6, 2)) for role in Role}),
         }
 
-    def watch(self, before: Callable[[int], None]) -> Callable[[], None]:
-        return self.unet.register_forward_pre_hook(lambda module, args: before(args[0].shape[0])).remove
+    def watch(self, before: Before) -> Callable[[], None]:
+        return self.unet.register_forward_pre_hook(lambda module, args: before(self.rows)).remove
 
     def place(self, params: Any) -> Place:
-        rows = [Row(image, cond, 40 + image) for cond in (True, False) for image in range(params.images)]
-        return Place(params.step, params.total, None, tuple(rows))
+        self.rows = [Row(image, cond, 40 + image) for cond in (True, False) for image in range(params.images)]
+        return Place(params.step, params.total, None)
 
     def give_back(self) -> None:
         pass

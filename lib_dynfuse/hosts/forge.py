@@ -1,0 +1,227 @@
+"""Forge: a LoRA is a set of patches that hangs on the model's patcher, and is merged when sampling begins.
+
+A network with a role is left out of a clone of the patcher, which Forge itself throws away after every pass; its
+patches become deltas beside the layers. Nothing of the host is changed that outlives a pass.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from lib_dynfuse.core.delta import Delta, Sum
+from lib_dynfuse.core.types import Role, Row
+from lib_dynfuse.errors import DynFuseError
+from lib_dynfuse.hosts.base import Before, Layers, Place, Tag
+from lib_dynfuse.hosts.forge_networks import Patch, deltas_of
+from lib_dynfuse.hosts.reading import place_of, read_tags
+
+Patches = Mapping[str, Sequence[Patch]]
+_MARK = "dynfuse"
+_COND = 0  # in the host's `cond_or_uncond`
+
+
+@dataclass(frozen=True)
+class _Taken:
+    """A network out of the patcher: its key and patches there, what it adds to the layers, and what stays merged.
+
+    `plain` are the patches of the networks without a role, which some deltas depend on.
+    """
+
+    key: tuple[Any, ...]
+    role: Role
+    patches: Patches
+    plain: Sequence[Patches]
+    deltas: Mapping[str, Delta]
+    left: Patches
+
+    def still_is(self, other: tuple[Any, ...], patches: Patches, plain: Sequence[Patches]) -> bool:
+        """Whether the host has not loaded anything anew since; it keeps its patches over the batches of a prompt."""
+        return (
+            self.key == other
+            and self.patches is patches
+            and len(self.plain) == len(plain)
+            and all(mine is theirs for mine, theirs in zip(self.plain, plain, strict=True))
+        )
+
+    @property
+    def key_of_left(self) -> tuple[Any, ...]:
+        """Another key than the network's own: by its keys the host knows whether it has to merge anew."""
+        return (f"{self.key[0]} without the layers that are chosen", *self.key[1:])
+
+
+class Forge:
+    """The host as one generation sees it; `networks` is the module of its Lora extension."""
+
+    name = "Forge"
+    needs = (
+        "networks:loaded_networks",
+        "backend.patcher.lora:LoraLoader.refresh",
+        "backend.patcher.lora:merge_lora_to_weight",
+        "backend.patcher.unet:UnetPatcher.set_transformer_option",
+        "backend.utils:get_attr_with_parent",
+    )
+
+    def __init__(self, networks: Any) -> None:
+        self._networks = networks
+        self._taken: list[_Taken] = []
+        self._mark = uuid.uuid4().hex
+        self._seeds: Sequence[int] = ()
+        # The host's objects whose patcher is ours for a pass, the patcher that was there, and ours.
+        self._installed: tuple[Any, Any, Any] | None = None
+
+    def read_tags(self, networks: Mapping[str, Sequence[Any]]) -> list[Tag]:
+        return read_tags(networks)
+
+    def take(self, tags: Sequence[Tag]) -> list[str]:
+        self.give_back()
+        files = {one.mentioned_name: one.network_on_disk.filename for one in self._networks.loaded_networks}
+        missing = [tag.name for tag in tags if tag.name not in files]
+        if missing:
+            raise DynFuseError(f"no LoRA {', '.join(missing)} was found; {self.name} then leaves out the others too")
+        roles: dict[tuple[str, float], Role] = {}
+        for tag in tags:
+            if tag.role is not None and roles.setdefault((files[tag.name], tag.unet), tag.role) is not tag.role:
+                raise DynFuseError(f"{tag.name} is subject and style at once; a LoRA can have one role only")
+        loaded = self._loaded()
+        plain = [patches for key, patches in loaded.items() if key[:2] not in roles]
+        names = {file: name for name, file in files.items()}
+        before, self._taken = self._taken, []
+        said = []
+        for (file, strength), role in roles.items():
+            name = names[file]
+            key = next((key for key in loaded if key[:2] == (file, strength)), None)
+            if key is None:
+                said.append(f"{name} has no layer in the UNet of this model: its role changes nothing")
+                continue
+            found = next((one for one in before if one.still_is(key, loaded[key], plain)), None)
+            taken = self._divide(key, role, loaded[key], plain) if found is None else replace(found, role=role)
+            if taken.left:
+                first = next(iter(taken.left))
+                said.append(f"{name}: {len(taken.left)} layers stay merged, they cannot be chosen; first {first}")
+            if taken.deltas:
+                self._taken.append(taken)
+        return said
+
+    def _divide(self, key: tuple[Any, ...], role: Role, patches: Patches, plain: Sequence[Patches]) -> _Taken:
+        deltas, left = deltas_of(patches, self._unet, lambda name: self._weight(name, plain), self._merge)
+        return _Taken(key, role, patches, plain, deltas, {name: patches[name] for name in left})
+
+    def layers(self) -> Layers:
+        self._install()
+        deltas: dict[str, dict[Role, list[Delta]]] = {}
+        for taken in self._taken:
+            for name, delta in taken.deltas.items():
+                deltas.setdefault(name, {}).setdefault(taken.role, []).append(delta)
+        return {
+            name: (
+                module,
+                {role: found[0] if len(found) == 1 else Sum(*found) for role, found in deltas[name].items()},
+            )
+            for name, module in self._unet.named_modules()  # in the order of the network
+            if name in deltas
+        }
+
+    def _install(self) -> None:
+        """A patcher without the taken networks, for as long as the host keeps its objects: one pass."""
+        objects = self._model.forge_objects
+        patcher = objects.unet.clone()
+        for taken in self._taken:
+            if patcher.lora_patches.pop(taken.key, None) is not None and taken.left:
+                patcher.lora_patches[taken.key_of_left] = taken.left
+        patcher.set_transformer_option(_MARK, self._mark)
+        self._installed = (objects, objects.unet, patcher)
+        objects.unet = patcher
+
+    def give_back(self) -> None:
+        if self._installed is not None:
+            objects, before, ours = self._installed
+            if objects.unet is ours:
+                objects.unet = before
+        self._installed = None
+
+    @property
+    def _model(self) -> Any:
+        from modules import shared
+
+        return shared.sd_model
+
+    @property
+    def _unet(self) -> nn.Module:
+        unet: nn.Module = self._model.forge_objects.unet.model.diffusion_model
+        return unet
+
+    def _loaded(self) -> Mapping[tuple[Any, ...], Patches]:
+        """By (file, strength, ...) the patches of every LoRA that the host has loaded for the prompt."""
+        loaded: Mapping[tuple[Any, ...], Patches] = self._model.forge_objects_after_applying_lora.unet.lora_patches
+        return loaded
+
+    def _weight(self, key: str, plain: Sequence[Patches]) -> Tensor:
+        """A weight, taken out of whatever stores it in fewer bits, with the plain networks in it.
+
+        As the host's next merge will make it: what is merged at present may be another prompt's.
+        """
+        from backend import utils
+
+        model = self._model.forge_objects.unet.model
+        layer, _, weight = utils.get_attr_with_parent(model, key)
+        weight = model.lora_loader.backup.get(key, weight)
+        patches = [patch for patches in plain for patch in patches.get(key, ())]
+        whole = _dequantised(weight, layer).detach()
+        return self._merge(patches, whole) if patches else whole
+
+    def _merge(self, patches: Sequence[Patch], weight: Tensor) -> Tensor:
+        from backend.patcher.lora import merge_lora_to_weight
+
+        merged: Tensor = merge_lora_to_weight(patches, weight)
+        return merged
+
+    def watch(self, before: Before) -> Callable[[], None]:
+        def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            options = kwargs.get("transformer_options") or {}
+            if options.get(_MARK) != self._mark:
+                before(None)
+                return
+            x = args[0] if args else next(iter(kwargs.values()))
+            before(rows_of(options.get("cond_or_uncond", ()), x.shape[0], self._seeds))
+
+        return self._unet.register_forward_pre_hook(look, with_kwargs=True).remove
+
+    def place(self, params: Any) -> Place:
+        self._seeds = tuple(getattr(params.denoiser.p, "seeds", None) or ())
+        return place_of(params)
+
+
+def rows_of(cond_or_uncond: Sequence[int], count: int, seeds: Sequence[int]) -> tuple[Row, ...]:
+    """Who is who in a batch of `count`: for every part that the host names cond or uncond, picture by picture.
+
+    Where the pictures are fed in tiles, all of this once per tile. Empty where the numbers do not add up.
+    """
+    once = len(cond_or_uncond) * len(seeds)
+    if once == 0 or count % once:
+        return ()
+    return tuple(
+        Row(image, part == _COND, seed, tile)
+        for tile in range(count // once)
+        for part in cond_or_uncond
+        for image, seed in enumerate(seeds)
+    )
+
+
+def _dequantised(weight: Tensor, layer: Any) -> Tensor:
+    if hasattr(weight, "bnb_quantized"):
+        from backend.operations_bnb import functional_dequantize_4bit
+
+        found: Tensor = functional_dequantize_4bit(weight)
+        return found
+    if getattr(weight, "gguf_cls", None) is not None:
+        from backend.operations_gguf import dequantize_tensor
+
+        found = dequantize_tensor(weight)
+        return found
+    scale = getattr(layer, "scale_weight", None)
+    return weight if scale is None else weight.float() * scale.to(weight.device).float()

@@ -118,17 +118,42 @@ class Workspace:
 
 @torch.no_grad()
 def kl_pair(
-    base: Tensor, first: Tensor, second: Tensor, temperature: float = 1.0, dim: int = -1, work: Workspace | None = None
+    base: Tensor,
+    first: Tensor,
+    second: Tensor,
+    temperature: float = 1.0,
+    dim: int = -1,
+    work: Workspace | None = None,
+    items: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """The KL divergences of two deltas against one base, sharing everything that depends on the base alone.
 
     Arguments and results as `kl_divergence`, twice; a divergence near zero may come out slightly negative. Where a
     delta is nowhere above 1/16 (times the temperature), the first three terms of the divergence's series in the delta's
     cumulants are taken, within 2e-5 relative; elsewhere the closed form, which leaves an absolute error of a few times
-    1e-7 * max(1, |delta|). On a CPU all tokens of the call take the same of the two, on other devices each its own.
+    1e-7 * max(1, |delta|). On a CPU all tokens of an item take the same of the two, on other devices each token its
+    own. `items` says how many batch items follow one another in token-major features, with as many tokens each: what
+    comes out for one of them does not depend on the others.
     """
-    pair = _Pair(base, temperature, dim, work or Workspace())
-    return pair.divergence(first), pair.divergence(second)
+    work = work or Workspace()
+    if not devices.readable(base.device):
+        pair = _Pair(base, temperature, dim, work)
+        return pair.token_by_token(first), pair.token_by_token(second)
+    largest = [_largest(delta, items) for delta in (first, second)]
+    limit = _CUMULANTS_BELOW / (1.0 / temperature)
+    if any(min(each) <= limit < max(each) for each in largest):
+        parts = zip(base.chunk(items), first.chunk(items), second.chunk(items), strict=True)
+        found = [kl_pair(one, first, second, temperature, dim, work) for one, first, second in parts]
+        return torch.cat([one for one, _ in found]), torch.cat([other for _, other in found])
+    pair = _Pair(base, temperature, dim, work)
+    return pair.divergence(first, max(largest[0])), pair.divergence(second, max(largest[1]))
+
+
+def _largest(delta: Tensor, items: int) -> list[float]:
+    """The largest absolute value in each of the items; a device that is not the host's memory would wait for it."""
+    each = delta.reshape(items, -1)
+    found: list[float] = torch.maximum(each.amax(1), -each.amin(1)).tolist()
+    return found
 
 
 class _Pair:
@@ -150,17 +175,19 @@ class _Pair:
     def _sum(self, values: Tensor) -> Tensor:
         return values.sum(self.dim, keepdim=True)
 
-    def divergence(self, delta: Tensor) -> Tensor:
-        limit = _CUMULANTS_BELOW / self.scale
-        if devices.readable(delta.device):
-            lowest, highest = torch.aminmax(delta)
-            largest = max(float(highest), -float(lowest))
-            within = largest * self.bits <= _POWERS_WITHIN
-            found = self._by_cumulants(delta) if largest <= limit else self._closed_form(delta, within)
+    def divergence(self, delta: Tensor, largest: float) -> Tensor:
+        """For a delta that is nowhere larger than this: one form for all tokens."""
+        if largest <= _CUMULANTS_BELOW / self.scale:
+            found = self._by_cumulants(delta)
         else:
-            most = torch.maximum(delta.amax(self.dim, keepdim=True), -delta.amin(self.dim, keepdim=True))
-            found = torch.where(most <= limit, self._by_cumulants(delta), self._closed_form(delta))
+            found = self._closed_form(delta, within=largest * self.bits <= _POWERS_WITHIN)
         return found.squeeze(self.dim)
+
+    def token_by_token(self, delta: Tensor) -> Tensor:
+        """Both forms, and for every token the one that suits it: nothing has to be known of the delta."""
+        largest = torch.maximum(delta.amax(self.dim, keepdim=True), -delta.amin(self.dim, keepdim=True))
+        limit = _CUMULANTS_BELOW / self.scale
+        return torch.where(largest <= limit, self._by_cumulants(delta), self._closed_form(delta)).squeeze(self.dim)
 
     def _closed_form(self, delta: Tensor, within: bool = False) -> Tensor:
         """`within`: the delta is known to be small enough that no power overflows, nor all of a token's vanish."""

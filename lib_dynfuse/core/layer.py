@@ -121,21 +121,20 @@ class Work:
             return weight.view(batch, 1, 1)
         return weight.reshape(batch, -1, 1)
 
-    def _stretches(self, y: Tensor) -> Iterator[tuple[int | None, slice]]:
-        """(item, tokens) of y [B, T, C], one after another; item None where all items lie in one run of memory."""
+    def _stretches(self, y: Tensor) -> Iterator[tuple[slice, slice]]:
+        """(items, tokens) of y [B, T, C], one after another: several items where they lie in one run of memory, or one
+        or a part of one. So what is found of an item does not hang on which others are in the batch."""
         batch, tokens, channels = y.shape
         step = max(1, _STRETCH.get(y.device.type, _STRETCH_ELSEWHERE) // channels)
-        joined = y.is_contiguous()
-        total = batch * tokens if joined else tokens
-        for item in [None] if joined else range(batch):
-            for start in range(0, total, step):
-                yield item, slice(start, min(start + step, total))
+        together = max(1, step // tokens) if y.is_contiguous() else 1
+        for item in range(0, batch, together):
+            for start in range(0, tokens, step):
+                yield slice(item, min(item + together, batch)), slice(start, min(start + step, tokens))
 
-    def _stretch(self, values: Tensor, item: int | None, tokens: slice) -> Tensor:
-        """[n, C] of values [B, T, C], or [C, n] where channels come first."""
-        if item is None:
-            return values.flatten(0, 1)[tokens]
-        return values[item, tokens] if self.dim == -1 else values[item, tokens].T
+    def _stretch(self, values: Tensor, items: slice, tokens: slice) -> Tensor:
+        """[n, C] of values [B, T, C], or [C, n] of one item where channels come first."""
+        found = values[items, tokens]
+        return found.flatten(0, 1) if self.dim == -1 else found[0].T
 
 
 class PackedWork(Work):
@@ -167,7 +166,7 @@ class PackedWork(Work):
         if index is not None:
             hidden = (hidden if hidden.shape[1] == len(index) else hidden[:, index]).flatten(0, 1)
             subject, style = (hidden[:, packed.columns(role)] @ packed.up(role) for role in (0, 1))
-            yield Features(y[:, index].flatten(0, 1), subject, style, -1)
+            yield Features(y[:, index].flatten(0, 1), subject, style, -1, y.shape[0])
             return
         for where in self._stretches(y):
             here = self._stretch(hidden, *where)
@@ -175,7 +174,8 @@ class PackedWork(Work):
                 subject, style = (here[:, packed.columns(role)] @ packed.up(role) for role in (0, 1))
             else:
                 subject, style = (packed.up(role).T @ here[packed.columns(role)] for role in (0, 1))
-            yield Features(self._stretch(y, *where), subject, style, self.dim)
+            base = self._stretch(y, *where)
+            yield Features(base, subject, style, self.dim, where[0].stop - where[0].start)
 
     @property
     def _winners_only(self) -> bool:
@@ -251,11 +251,11 @@ class PlainWork(Work):
         index = self._places(sampled)
         if index is not None:
             base, subject, style = (one[:, index].flatten(0, 1) for one in whole)
-            yield Features(base, subject, style, -1)
+            yield Features(base, subject, style, -1, whole[0].shape[0])
             return
         for where in self._stretches(whole[0]):
             base, subject, style = (self._stretch(one, *where) for one in whole)
-            yield Features(base, subject, style, self.dim)
+            yield Features(base, subject, style, self.dim, where[0].stop - where[0].start)
 
     def add(self, selection: Selection) -> None:
         target = self._native(self.tokens)

@@ -19,13 +19,15 @@ Weight = float | Tensor
 class Features(NamedTuple):
     """What the divergence rules look at: `base` is y0, the other two are the deltas d_s and d_t, of `n` tokens.
 
-    Token-major [n, C] with `dim` -1, or in a convolution's memory order [C, n] with `dim` 0.
+    Token-major [n, C] with `dim` -1, or in a convolution's memory order [C, n] with `dim` 0. They are of `items` whole
+    batch items, or of a part of one.
     """
 
     base: Tensor
     subject: Tensor
     style: Tensor
     dim: int
+    items: int = 1
 
 
 # Called with how many tokens of each row to look at, 0 for all, and the rows, None for all. Gives them in stretches:

@@ -54,16 +54,15 @@ class DivergenceStrategy(Strategy):
 
     def divergences(self, features: Features, work: Workspace) -> tuple[Tensor, Tensor]:
         """(D_s, D_t) per token, float32."""
-        base, subject, style, dim = features
+        base, subject, style, dim, items = features
         if self.standardise:
             spread = base.float().std(dim, keepdim=True, unbiased=False).clamp_min(1e-12)
             base, subject, style = base / spread, subject / spread, style / spread
-        return self.criterion(base, subject, style, dim, work)
+        return self.criterion(Features(base, subject, style, dim, items), work)
 
-    def criterion(
-        self, base: Tensor, subject: Tensor, style: Tensor, dim: int, work: Workspace
-    ) -> tuple[Tensor, Tensor]:
-        return kl_pair(base, subject, style, self.temperature, dim, work)
+    def criterion(self, features: Features, work: Workspace) -> tuple[Tensor, Tensor]:
+        base, subject, style, dim, items = features
+        return kl_pair(base, subject, style, self.temperature, dim, work, items)
 
     def choose(self, margin: Tensor) -> tuple[Tensor, Tensor]:
         """(subject's weight, style's weight) from the margin, of its shape."""
@@ -121,9 +120,8 @@ class JensenShannon(_PerItem):
     help: ClassVar[str] = "Like kl, with the symmetric Jensen-Shannon divergence."
     source: ClassVar[str] = "arXiv 2602.15539, ablation"
 
-    def criterion(
-        self, base: Tensor, subject: Tensor, style: Tensor, dim: int, work: Workspace
-    ) -> tuple[Tensor, Tensor]:
+    def criterion(self, features: Features, work: Workspace) -> tuple[Tensor, Tensor]:
+        base, subject, style, dim, _ = features
         return (
             js_divergence(base, subject, self.temperature, dim),
             js_divergence(base, style, self.temperature, dim),
@@ -136,9 +134,8 @@ class Cosine(_PerItem):
     help: ClassVar[str] = "Like kl, by the angle between the features with and without the network."
     source: ClassVar[str] = "arXiv 2602.15539, ablation"
 
-    def criterion(
-        self, base: Tensor, subject: Tensor, style: Tensor, dim: int, work: Workspace
-    ) -> tuple[Tensor, Tensor]:
+    def criterion(self, features: Features, work: Workspace) -> tuple[Tensor, Tensor]:
+        base, subject, style, dim, _ = features
         return cosine_distance(base, subject, dim=dim), cosine_distance(base, style, dim=dim)
 
 

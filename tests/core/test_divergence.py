@@ -139,6 +139,19 @@ def test_the_pair_is_exact_for_weak_deltas_too(size: float, temperature: float) 
         torch.testing.assert_close(one, kl_divergence(base, signed, temperature), rtol=1e-4, atol=1e-20)
 
 
+@pytest.mark.parametrize("sizes", [(0.01, 0.01), (0.5, 0.5), (0.5, 0.001), (0.001, 0.5)])
+def test_what_comes_out_for_an_item_does_not_depend_on_the_others(sizes: tuple[float, float]) -> None:
+    base, first, second = (torch.randn(6, 40, generator=torch.Generator().manual_seed(seed)) for seed in range(3))
+    loudness = torch.tensor(sizes).repeat_interleave(3).unsqueeze(1)
+    first, second = first * loudness, second * 0.02
+    together = kl_pair(base, first, second, items=2)
+    for item in range(2):
+        part = slice(3 * item, 3 * item + 3)
+        alone = kl_pair(base[part], first[part], second[part])
+        for whole, one in zip(together, alone, strict=True):
+            assert torch.equal(whole[part], one)
+
+
 def test_away_from_the_cpu_each_token_takes_the_form_that_suits_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lib_dynfuse.core.devices.readable", lambda device: False)
     base = features(15, 64, 320, 1.0)

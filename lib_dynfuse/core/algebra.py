@@ -1,4 +1,4 @@
-"""What every delta can do, and how deltas combine: `Delta`, `Scaled`, `Sum`, `Rows`; how a layer walks over its input.
+"""What every delta can do, how deltas combine (`Scaled`, `Sum`, `Rows`, `Shift`), how a layer walks over its input.
 
 The kinds themselves are in weights.py (computed from a layer's input) and outputs.py (computed from its output or, on
 normalisation layers, from the normalised input). `lib_dynfuse.core.delta` has the public names of all three.
@@ -238,6 +238,8 @@ class Sum(Delta):
     def dense(self) -> Tensor | None:
         total: Tensor | None = None
         for part in self.parts:
+            if isinstance(part, Shift):
+                continue
             weight = part.dense()
             if weight is None:
                 return None
@@ -317,6 +319,23 @@ class Rows(Delta):
 
     def project_out(self, q: Tensor, kappa: float) -> Delta:
         return Rows(self.inner.project_out(q, kappa), self.start, self.stop, self.total)
+
+
+class Shift(Delta):
+    """Δb, whatever the input: a changed bias, which is no part of ΔW.
+
+    bias [out]; channel_dim 1 on Conv2d and GroupNorm, -1 elsewhere.
+    """
+
+    def __init__(self, bias: Tensor, channel_dim: int = -1) -> None:
+        self.channel_dim = channel_dim
+        self.bias = bias.detach().flatten()
+        self.outputs = bias.numel()
+
+    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
+        self._enter(x, y, self.bias)
+        bias = self.bias if self.channel_dim == -1 else self.bias.view(-1, *(1 for _ in y.shape[2:]))
+        return torch.empty_like(y, dtype=x.dtype).copy_(bias)
 
 
 def wide(tensor: Tensor) -> Tensor:

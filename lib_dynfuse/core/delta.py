@@ -8,12 +8,13 @@ OutputScale(v)                    v ⊙ y                                       
 Rotation(blocks)                  (R − I)·y                                   OFT, BOFT
 Decomposed(inner, magnitude, norm)  (g − 1) ⊙ y + g ⊙ inner(x), g = magnitude / norm    DoRA
 Affine(weight, bias, norm)        x̂ ⊙ Δw + Δb                                 norm layers
+Shift(bias)                       Δb                                          a changed bias
 Scaled, Sum, Rows                 multipliers, several networks per role, one part of a fused layer
 """
 
 from __future__ import annotations
 
-from lib_dynfuse.core.algebra import Delta, Factors, Geometry, Rows, Scaled, Sum
+from lib_dynfuse.core.algebra import Delta, Factors, Geometry, Rows, Scaled, Shift, Sum
 from lib_dynfuse.core.outputs import Affine, Decomposed, Norm, OutputScale, Rotation, row_norm
 from lib_dynfuse.core.weights import Dense, Kronecker, LowRank
 
@@ -31,6 +32,7 @@ __all__ = [
     "Rotation",
     "Rows",
     "Scaled",
+    "Shift",
     "Sum",
     "low_rank_factors",
     "row_norm",

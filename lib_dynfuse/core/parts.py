@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from lib_dynfuse.core.delta import Delta, Dense, LowRank, Rows, Scaled, Sum
+import torch
+
+from lib_dynfuse.core.delta import Decomposed, Delta, Dense, Kronecker, LowRank, Rows, Scaled, Shift, Sum
 from lib_dynfuse.core.types import Role
 
 
@@ -33,7 +35,7 @@ def stretches(deltas: Mapping[Role, Delta]) -> list[Stretch]:
     """The layer divided wherever some delta's rows begin or end; rows that no delta covers are left out.
 
     Raises `ValueError` without a delta, or for a delta of the whole layer that cannot be cut where another one divides
-    it (only low-rank and dense ones can).
+    it: one of grouped convolutions, or one that acts on the output (other than Decomposed) or on a normalisation layer.
     """
     if not deltas:
         raise ValueError("no delta for any role")
@@ -90,4 +92,11 @@ def _cut_delta(delta: Delta, rows: slice) -> Delta:
     if isinstance(delta, Dense) and (delta.geometry is None or delta.geometry.groups == 1):
         bias = None if delta.bias is None else delta.bias[rows]
         return Dense(delta.weight[rows], bias, delta.geometry)
+    if isinstance(delta, Kronecker) and (delta.geometry is None or delta.geometry.groups == 1):
+        return Dense(delta.dense()[rows].to(delta.w1.dtype), None, delta.geometry)
+    if isinstance(delta, Decomposed):
+        gain = delta.gain.flatten()[rows]
+        return Decomposed(_cut_delta(delta.inner, rows), gain, torch.ones_like(gain))
+    if isinstance(delta, Shift):
+        return Shift(delta.bias[rows], delta.channel_dim)
     raise ValueError(f"one network covers the whole layer by a {type(delta).__name__}, another only parts of it")

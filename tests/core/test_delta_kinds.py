@@ -20,6 +20,7 @@ from lib_dynfuse.core.delta import (
     Rotation,
     Rows,
     Scaled,
+    Shift,
     Sum,
 )
 
@@ -49,6 +50,8 @@ def every_kind() -> dict[str, tuple[Delta, Tensor, Tensor]]:
         "Decomposed": (Decomposed(low_rank, gain, gain.flip(0)), x, y),
         "LayerNorm": (Affine(rand(6).float(), rand(6, seed=1).float(), Norm()), x, x),
         "GroupNorm": (Affine(rand(6).float(), None, Norm(groups=3)), image, image),
+        "Shift": (Shift(rand(8).float()), x, y),
+        "Shift conv": (Shift(rand(8).float(), 1), image, answer),
         "Scaled": (Scaled(0.5, low_rank), x, y),
         "Sum": (Sum(low_rank, OutputScale(rand(8).float())), x, y),
         "Rows": (Rows(Dense(rand(3, 6).float()), 2, 5), x, y),

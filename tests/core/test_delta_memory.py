@@ -22,6 +22,7 @@ from lib_dynfuse.core.delta import (
     Rotation,
     Rows,
     Scaled,
+    Shift,
     Sum,
     low_rank_factors,
 )
@@ -136,6 +137,7 @@ def test_no_float32_tensor_is_made_of_half_precision_activations(name: str, dtyp
         (Rotation(torch.zeros(2, 4, 4), rescale=torch.zeros(8)), 4 * (32 + 8)),
         (Decomposed(LowRank(torch.zeros(2, 6), torch.zeros(8, 2)), torch.ones(8), torch.ones(8)), 4 * (28 + 8)),
         (Affine(torch.zeros(6), torch.zeros(6), Norm()), 48),
+        (Shift(torch.zeros(8)), 32),
         (Scaled(0.5, Dense(torch.zeros(8, 6))), 192),
         (Sum(Dense(torch.zeros(8, 6)), OutputScale(torch.zeros(8))), 4 * 56),
         (Rows(Dense(torch.zeros(8, 6)), 0, 8), 192),

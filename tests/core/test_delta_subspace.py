@@ -22,6 +22,7 @@ from lib_dynfuse.core.delta import (
     Rotation,
     Rows,
     Scaled,
+    Shift,
     Sum,
     low_rank_factors,
 )
@@ -59,6 +60,7 @@ def without_a_weight() -> dict[str, Delta]:
         "OutputScale": OutputScale(rand(8)),
         "Rotation": Rotation(rand(2, 4, 4)),
         "Affine": Affine(rand(8), rand(8), Norm()),
+        "Shift": Shift(rand(8)),
         "up grouped": Sum(LowRank(rand(4, 6, 3, 3), rand(8, 2, 1, 1), None, GROUPED), OutputScale(rand(8), 1)),
     }
 
@@ -263,3 +265,14 @@ def test_ranks_of_low_rank_kinds_add_up() -> None:
     assert kinds["Rows"].rank == 2
     assert kinds["LowRank CP"].rank == 2
     assert kinds["Dense"].rank is kinds["Kronecker"].rank is kinds["Sum of any"].rank is None
+
+
+def test_a_changed_bias_changes_no_weight() -> None:
+    lora, shift = LowRank(rand(2, 6), rand(8, 2)), Shift(rand(8))
+    both = Sum(shift, lora)
+    x, y, basis = rand(2, 5, 6), rand(2, 5, 8), lora.rows_basis()
+    same(both.dense(), dense(lora))
+    same(both.rows_basis() @ both.rows_basis().T, basis @ basis.T)
+    same(both.project_out(basis, 1.0)(x, y), shift(x, y))
+    assert low_rank_factors(both) is None  # one product could not make the bias
+    assert Sum(shift).dense() is None

@@ -10,7 +10,7 @@ from typing import Any
 from lib_dynfuse.core.fusion import Fusion
 from lib_dynfuse.core.types import Role, Row
 from lib_dynfuse.errors import DynFuseError
-from lib_dynfuse.hosts.base import Host, Layers, Place, Tag
+from lib_dynfuse.hosts.base import Host, Layers, Place, Tag, Unsupported
 from lib_dynfuse.options import Options
 from lib_dynfuse.trace import Record, Trace
 
@@ -67,7 +67,7 @@ class Session:
                 for line in self._host.take(tags):
                     self.tell(line)
                 self._active = True
-        except DynFuseError as error:
+        except (DynFuseError, Unsupported) as error:
             self._give_up(str(error))
         except Exception as error:
             _log.exception("the LoRAs could not be taken over")
@@ -110,7 +110,7 @@ class Session:
             fusion = Fusion(layers, self._strategy, self._trace, window=window)
             self._attached.callback(self._host.watch(self._before_unet))
             self._fusion = self._attached.enter_context(fusion)
-        except DynFuseError as error:
+        except (DynFuseError, Unsupported) as error:
             self._give_up(str(error))
         except Exception as error:
             _log.exception("fusion could not begin")

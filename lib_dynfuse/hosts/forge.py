@@ -21,12 +21,12 @@ from lib_dynfuse.hosts.forge_networks import Patch, deltas_of
 from lib_dynfuse.hosts.reading import place_of, read_tags
 
 Patches = Mapping[str, Sequence[Patch]]
-_MARK = "dynfuse"
+MARK = "dynfuse"
 _COND = 0  # in the host's `cond_or_uncond`
 
 
 @dataclass(frozen=True)
-class _Taken:
+class Taken:
     """A network out of the patcher: its key and patches there, what it adds to the layers, and what stays merged.
 
     `plain` are the patches of the networks without a role, which some deltas depend on.
@@ -58,7 +58,7 @@ class Forge:
     """The host as one generation sees it; `networks` is the module of its Lora extension."""
 
     name = "Forge"
-    needs = (
+    needs: tuple[str, ...] = (
         "networks:loaded_networks",
         "backend.patcher.lora:LoraLoader.refresh",
         "backend.patcher.lora:merge_lora_to_weight",
@@ -68,7 +68,7 @@ class Forge:
 
     def __init__(self, networks: Any) -> None:
         self._networks = networks
-        self._taken: list[_Taken] = []
+        self._taken: list[Taken] = []
         self._mark = uuid.uuid4().hex
         self._seeds: Sequence[int] = ()
         # The host's objects whose patcher is ours for a pass, the patcher that was there, and ours.
@@ -107,9 +107,9 @@ class Forge:
                 self._taken.append(taken)
         return said
 
-    def _divide(self, key: tuple[Any, ...], role: Role, patches: Patches, plain: Sequence[Patches]) -> _Taken:
+    def _divide(self, key: tuple[Any, ...], role: Role, patches: Patches, plain: Sequence[Patches]) -> Taken:
         deltas, left = deltas_of(patches, self._unet, lambda name: self._weight(name, plain), self._merge)
-        return _Taken(key, role, patches, plain, deltas, {name: patches[name] for name in left})
+        return Taken(key, role, patches, plain, deltas, {name: patches[name] for name in left})
 
     def layers(self) -> Layers:
         self._install()
@@ -133,7 +133,7 @@ class Forge:
         for taken in self._taken:
             if patcher.lora_patches.pop(taken.key, None) is not None and taken.left:
                 patcher.lora_patches[taken.key_of_left] = taken.left
-        patcher.set_transformer_option(_MARK, self._mark)
+        patcher.set_transformer_option(MARK, self._mark)
         self._installed = (objects, objects.unet, patcher)
         objects.unet = patcher
 
@@ -183,7 +183,7 @@ class Forge:
     def watch(self, before: Before) -> Callable[[], None]:
         def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             options = kwargs.get("transformer_options") or {}
-            if options.get(_MARK) != self._mark:
+            if options.get(MARK) != self._mark:
                 before(None)
                 return
             x = args[0] if args else next(iter(kwargs.values()))

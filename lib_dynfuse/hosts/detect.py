@@ -11,9 +11,16 @@ from typing import Any
 from lib_dynfuse.hosts.a1111 import Automatic1111
 from lib_dynfuse.hosts.base import Host, Unsupported
 from lib_dynfuse.hosts.forge import Forge
+from lib_dynfuse.hosts.reforge import ForgeClassic, ForgeNeo, ReForge
 
-# What a WebUI's source folder has and the others' have not, the newest kind first.
-_KINDS: tuple[tuple[str, Any], ...] = (("modules_forge", Forge), ("modules", Automatic1111))
+# What a WebUI's source folder has and those after it have not.
+_KINDS: tuple[tuple[tuple[str, ...], Any], ...] = (
+    (("modules_forge.packages.comfy",), ForgeNeo),
+    (("modules_forge.unet_patcher", "ldm_patched.modules.weight_adapter"), ReForge),
+    (("modules_forge.unet_patcher",), ForgeClassic),
+    (("modules_forge",), Forge),
+    (("modules",), Automatic1111),
+)
 # What the extension's script listens to, whichever the host.
 _NEEDED_EVERYWHERE = (
     "modules.script_callbacks:on_cfg_denoiser",
@@ -24,7 +31,7 @@ _NEEDED_EVERYWHERE = (
 
 def detect() -> Host:
     """The host that this process runs in. Raises Unsupported that names what is missing."""
-    kind = next((kind for folder, kind in _KINDS if importlib.util.find_spec(folder) is not None), None)
+    kind = next((kind for folders, kind in _KINDS if all(map(_is_there, folders))), None)
     if kind is None:
         raise Unsupported("this is no WebUI that is known here")
     networks = sys.modules.get("networks")
@@ -35,6 +42,13 @@ def detect() -> Host:
         raise Unsupported(f"this {kind.name} has no {', no '.join(missing)}: it is older or newer than the ones known")
     host: Host = kind(networks)
     return host
+
+
+def _is_there(folder: str) -> bool:
+    try:
+        return importlib.util.find_spec(folder) is not None
+    except ModuleNotFoundError:  # of what it would be in
+        return False
 
 
 def lacking(needs: Sequence[str]) -> list[str]:

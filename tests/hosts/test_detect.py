@@ -54,6 +54,15 @@ FORGE = {
     "backend__patcher__unet": "UnetPatcher.set_transformer_option",
     "backend__utils": "get_attr_with_parent",
 }
+NEO = {**FORGE, "modules_forge__packages__comfy": ""}
+CLASSIC = {
+    **A1111,
+    "networks": "loaded_networks load_lora_for_models load_lora_state_dict",
+    "modules_forge": "",
+    "modules_forge__unet_patcher": "UnetPatcher.clone UnetPatcher.set_transformer_option UnetPatcher.calculate_weight",
+    "ldm_patched__modules__model_management": "current_loaded_models",
+}
+REFORGE = {**CLASSIC, "ldm_patched__modules__lora": "calculate_weight", "ldm_patched__modules__weight_adapter": ""}
 
 
 def test_no_webui_at_all(install: Install) -> None:
@@ -62,7 +71,16 @@ def test_no_webui_at_all(install: Install) -> None:
         detect()
 
 
-@pytest.mark.parametrize(("modules", "name"), [(A1111, "AUTOMATIC1111"), (FORGE, "Forge")])
+@pytest.mark.parametrize(
+    ("modules", "name"),
+    [
+        (A1111, "AUTOMATIC1111"),
+        (FORGE, "Forge"),
+        (REFORGE, "reForge"),
+        (CLASSIC, "Forge Classic"),
+        (NEO, "Forge Neo"),
+    ],
+)
 def test_a_webui_that_has_everything(install: Install, modules: dict[str, str], name: str) -> None:
     install(**modules)
     assert detect().name == name
@@ -76,7 +94,7 @@ def test_without_its_lora_extension(install: Install) -> None:
 
 def test_what_has_moved_is_named(install: Install) -> None:
     install(**{**FORGE, "backend__patcher__lora": "merge_lora_to_weight"})
-    with pytest.raises(Unsupported, match=r"this Forge has no backend\.patcher\.lora:LoraLoader\.refresh: it is older or"):
+    with pytest.raises(Unsupported, match=r"this Forge has no backend\.patcher\.lora:LoraLoader\.refresh: it is older"):
         detect()
 
 

@@ -1,4 +1,4 @@
-"""The txt2img tab of a running WebUI, given by `--webui URL`: tick, generate, see, paste back."""
+"""A running WebUI, given by `--webui URL`: tick, generate, see, paste back, plot, settings."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Any
 from urllib.request import ProxyHandler, build_opener
 
 import pytest
+
+from lib_dynfuse.webui.settings import SETTINGS
 
 Seen = dict[str, Any]
 
@@ -33,6 +35,14 @@ def webui_seen(
 ) -> Seen:
     pictures.mkdir(parents=True, exist_ok=True)
     return browse("webui.cjs", request.config.getoption("--webui"), *networks, pictures)
+
+
+@pytest.fixture(scope="module")
+def plot_seen(
+    request: pytest.FixtureRequest, networks: tuple[str, str], browse: Callable[..., Seen], pictures: Path
+) -> Seen:
+    pictures.mkdir(parents=True, exist_ok=True)
+    return browse("plot.cjs", request.config.getoption("--webui"), *networks, pictures)
 
 
 def test_clicks_give_the_prompts_loras_their_roles(webui_seen: Seen, networks: tuple[str, str]) -> None:
@@ -74,5 +84,26 @@ def test_a_loras_card_inserts_it_with_a_role(webui_seen: Seen, networks: tuple[s
     assert webui_seen["card"].strip() == f"<lora:{networks[0]}:1:role=subject>"
 
 
-def test_the_page_reports_no_error_of_ours(webui_seen: Seen) -> None:
-    assert [error for error in webui_seen["errors"] if "dynfuse" in error.lower()] == []
+def test_the_settings_page_has_a_section_of_ours(webui_seen: Seen) -> None:
+    shown = [" ".join(text.split()) for text in webui_seen["settings"]]
+    assert shown == [f"{setting.label} ({setting.help})" for setting in SETTINGS]
+
+
+def test_a_dark_page_was_photographed(webui_seen: Seen, pictures: Path) -> None:
+    assert webui_seen["dark"]
+    assert (pictures / "webui-dark.png").exists()
+
+
+def test_every_cell_of_a_plot_is_made_with_its_own_options(plot_seen: Seen) -> None:
+    options = [(f"DynFuse strategy: {rule},", balance) for balance in (0.0, 0.5) for rule in ("kl", "random")]
+    assert len(plot_seen["cells"]) == len(options)
+    for cell, (rule, balance) in zip(plot_seen["cells"], options, strict=True):
+        assert rule in cell
+        assert ("DynFuse balance: 0.5" in cell) == (balance == 0.5)
+        assert "DynFuse chosen: subject " in cell
+    assert len({cell.split("DynFuse chosen: ")[1].split(",")[0] for cell in plot_seen["cells"][:2]}) == 2
+
+
+def test_the_page_reports_no_error_of_ours(webui_seen: Seen, plot_seen: Seen) -> None:
+    errors = webui_seen["errors"] + plot_seen["errors"]
+    assert [error for error in errors if "dynfuse" in error.lower()] == []

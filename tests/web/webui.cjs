@@ -88,6 +88,23 @@ async function look(page) {
     await card.locator(".dynfuse-card-button", {hasText: "S"}).click();
     seen.card = await prompt.inputValue();
     await page.screenshot({path: `${pictures}/webui-card.png`});
+
+    await page.locator("#tabs > .tab-nav button", {hasText: /^\s*Settings\s*$/}).click();
+    await page.locator("#settings > .tab-nav button", {hasText: "Dynamic LoRA Fusion"}).click();
+    const settings = page.locator("[id^=setting_dynfuse_]");
+    await settings.first().waitFor();
+    await settings.first().scrollIntoViewIfNeeded();
+    seen.settings = await settings.evaluateAll((all) => all.map((one) => one.querySelector("span").innerText.trim()));
+    await page.screenshot({path: `${pictures}/webui-settings.png`});
+
+    await page.goto(`${url}/?__theme=dark`, {waitUntil: "domcontentloaded"});
+    await load();
+    await prompt.fill(`a <lora:${subject}:1:role=subject> <lora:${style}:0.9:role=style> <lora:other:1:role=sbject>`);
+    await on("#script_txt2img_dynfuse_enabled .label-wrap > span").click({position: {x: 60, y: 8}});
+    await on("#script_txt2img_dynfuse_finer .label-wrap").click();
+    await ours("schedule", "input[type=number]").waitFor();
+    seen.dark = await page.evaluate(() => document.body.classList.contains("dark"));
+    await page.screenshot({path: `${pictures}/webui-dark.png`, fullPage: true});
     return seen;
 }
 

@@ -156,7 +156,7 @@ class PackedWork(Work):
         y = self.tokens[items]
         index = self._places(sampled)
         if index is not None and self._winners_only and self.size is None:
-            hidden = packed.hidden(as_tokens(self.x, -1)[items][:, index])
+            hidden = packed.hidden(_picked(as_tokens(self.x, -1)[items], index))
         elif index is not None and self._winners_only and self.size is not None and packed.strides:
             hidden = packed.hidden(self.x[items], step=lattice_step(*self.size, sampled))
         elif rows is not None and self._winners_only:
@@ -164,9 +164,9 @@ class PackedWork(Work):
         else:
             hidden = self._both_hidden()[items]
         if index is not None:
-            hidden = (hidden if hidden.shape[1] == len(index) else hidden[:, index]).flatten(0, 1)
+            hidden = (hidden if hidden.shape[1] == len(index) else _picked(hidden, index)).flatten(0, 1)
             subject, style = (hidden[:, packed.columns(role)] @ packed.up(role) for role in (0, 1))
-            yield Features(y[:, index].flatten(0, 1), subject, style, -1, y.shape[0])
+            yield Features(_picked(y, index).flatten(0, 1), subject, style, -1, y.shape[0])
             return
         for where in self._stretches(y):
             here = self._stretch(hidden, *where)
@@ -250,7 +250,7 @@ class PlainWork(Work):
         whole = tuple(one[items] for one in (self.tokens, self._delta(0), self._delta(1)))
         index = self._places(sampled)
         if index is not None:
-            base, subject, style = (one[:, index].flatten(0, 1) for one in whole)
+            base, subject, style = (_picked(one, index).flatten(0, 1) for one in whole)
             yield Features(base, subject, style, -1, whole[0].shape[0])
             return
         for where in self._stretches(whole[0]):
@@ -280,6 +280,11 @@ def _without_bias(module: nn.Module, part: Part, y: Tensor) -> Tensor:
     bias = bias[part.start : part.stop].to(y)
     channel_dim = part.deltas[0].channel_dim
     return y - (bias if channel_dim == -1 else bias.view(-1, *(1 for _ in y.shape[2:])))
+
+
+def _picked(tokens: Tensor, index: Tensor) -> Tensor:
+    """Some tokens of [B, T, C] as [B, n, C]; whole rows of memory are copied several times faster than by indexing."""
+    return tokens.index_select(1, index) if tokens.stride(-1) == 1 else tokens[:, index]
 
 
 _GOLDEN = 0.6180339887498949

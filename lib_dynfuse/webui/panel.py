@@ -50,7 +50,7 @@ def build(is_img2img: bool, elem_id: Callable[[str], str]) -> Panel:
     made: dict[str, Any] = {}
     with _switch(elem_id("enabled")) as made["enabled"]:
         if lacking := _lacking():
-            gr.HTML(f'<p class="dynfuse-lacking">Nothing can be fused here: {html.escape(lacking)}.</p>')
+            gr.HTML(f'<p class="dynfuse-lacking">Nothing can be fused here: {html.escape(lacking)}</p>')
         # The script looks for this id, so the host has no say in it.
         gr.HTML("", elem_id=f"dynfuse_roles_{tab}")
         with gr.Row():

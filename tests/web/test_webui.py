@@ -45,6 +45,10 @@ def plot_seen(
     return browse("plot.cjs", request.config.getoption("--webui"), *networks, pictures)
 
 
+def test_the_webui_has_what_fusion_needs(webui_seen: Seen) -> None:
+    assert webui_seen["lacking"] == []
+
+
 def test_clicks_give_the_prompts_loras_their_roles(webui_seen: Seen, networks: tuple[str, str]) -> None:
     subject, style = networks
     assert webui_seen["ticked"]

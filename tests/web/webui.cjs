@@ -23,6 +23,7 @@ async function look(page) {
     };
 
     await load();
+    seen.lacking = await page.locator(".dynfuse-lacking").allTextContents();
     await prompt.fill(`a ${subject} <lora:${subject}:1> <lora:${style}:0.9>`);
     // The header both opens and ticks; the box alone would leave it folded.
     await on("#script_txt2img_dynfuse_enabled .label-wrap > span").click({position: {x: 60, y: 8}});

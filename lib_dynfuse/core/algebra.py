@@ -91,9 +91,11 @@ class Delta(ABC):
 
     def to(self, device: torch.device | str) -> None:
         """Moves the tensors, in place."""
-        for name, value in vars(self).items():
-            if isinstance(value, Tensor):
-                setattr(self, name, value.to(device))
+        # They stay for longer than the host's inference mode, where autograd could not save what was made inside it.
+        with torch.inference_mode(False), torch.no_grad():
+            for name, value in vars(self).items():
+                if isinstance(value, Tensor):
+                    setattr(self, name, value.to(device))
         for part in self.parts:
             part.to(device)
 

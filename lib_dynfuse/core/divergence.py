@@ -107,7 +107,9 @@ class Workspace:
         key = (like.device, slot)
         buffer = self._buffers.get(key)
         if buffer is None or buffer.numel() < like.numel():
-            buffer = torch.empty(like.numel(), dtype=torch.float32, device=like.device)
+            # Hosts that sample in inference mode may still run a model outside it, where what was made inside is fixed.
+            with torch.inference_mode(False):
+                buffer = torch.empty(like.numel(), dtype=torch.float32, device=like.device)
             self._buffers[key] = buffer
         return buffer[: like.numel()].view(like.shape)
 

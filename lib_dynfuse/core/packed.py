@@ -61,11 +61,13 @@ class Packed:
         factors = self._factors
         if self._varying and scales != self._scales:
             factors = [one for one in map(low_rank_factors, self._deltas) if one is not None]
-        if factors is None:
-            self._down, self._up = self._down.to(x.device, x.dtype), self._up.to(x.device, x.dtype)
-        else:
-            self._down = torch.cat([one.down.to(x.device, x.dtype) for one in factors])
-            self._up = torch.cat([one.up.to(x.device, x.dtype).flatten(1).T for one in factors])
+        # Kept beyond the host's inference mode, where autograd could not save what was made inside it.
+        with torch.inference_mode(False), torch.no_grad():
+            if factors is None:
+                self._down, self._up = self._down.to(x.device, x.dtype), self._up.to(x.device, x.dtype)
+            else:
+                self._down = torch.cat([one.down.to(x.device, x.dtype) for one in factors])
+                self._up = torch.cat([one.up.to(x.device, x.dtype).flatten(1).T for one in factors])
         self._factors, self._scales, self._place = None, scales, (x.dtype, x.device)
 
     def hidden(self, x: Tensor, role: int | None = None, step: int = 1) -> Tensor:

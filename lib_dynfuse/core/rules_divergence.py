@@ -215,9 +215,11 @@ class _DivergenceRule(Rule):
         """Puts the old rows' scales away and lays out those of the new ones, [B, 2]: (mean log ratio, decisions)."""
         for index, row in enumerate(self._rows):
             self._scales[row.image, row.cond] = self._scale[index]
-        start = torch.tensor([self._prior, float(self._layers)]).to(device, non_blocking=True)
         self._rows = rows
-        self._scale = torch.stack([self._scales.get((row.image, row.cond), start) for row in rows])
+        # Changed in place from now on, in the host's inference mode and out of it.
+        with torch.inference_mode(False):
+            start = torch.tensor([self._prior, float(self._layers)]).to(device, non_blocking=True)
+            self._scale = torch.stack([self._scales.get((row.image, row.cond), start) for row in rows])
 
     def _running_mean(self, ratio: Tensor, heard: Tensor) -> Tensor:
         """The mean log ratio [B] of each row's own picture and half so far, this decision included.

@@ -337,3 +337,24 @@ def test_what_was_prepared_in_inference_mode_serves_gradients_later() -> None:
             found = layer(x.clone().requires_grad_(not mode))
     found.sum().backward()
     assert layer.weight.grad is not None
+
+
+@pytest.mark.parametrize("name", sorted(strategies()))
+def test_a_run_in_inference_mode_leaves_nothing_that_one_outside_it_may_not_change(name: str) -> None:
+    model = Toy()
+    with torch.no_grad(), Fusion(toy_layers(model), strategy(name)):
+        expected = model(*inputs())
+    with Fusion(toy_layers(model), strategy(name)) as fusion:
+        for mode in (True, False, True):
+            fusion.at(0, 3)
+            with torch.inference_mode(mode):
+                torch.testing.assert_close(model(*inputs()), expected)
+
+
+def test_the_running_mean_may_be_kept_in_inference_mode_and_out_of_it() -> None:
+    model = Toy()
+    with Fusion(toy_layers(model), strategy("kl", auto_balance=True)) as fusion:
+        for step, mode in enumerate((True, False, True)):
+            fusion.at(step, 3)
+            with torch.inference_mode(mode):
+                assert model(*inputs()).isfinite().all()

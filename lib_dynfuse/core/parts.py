@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from lib_dynfuse.core.delta import Decomposed, Delta, Dense, Kronecker, LowRank, Rows, Scaled, Shift, Sum
 from lib_dynfuse.core.types import Role
@@ -58,6 +60,22 @@ def stretches(deltas: Mapping[Role, Delta]) -> list[Stretch]:
     return result
 
 
+def divided(delta: Delta, bounds: Sequence[int]) -> Delta:
+    """The same delta as one of `Rows` that begin and end at `bounds` too: `stretches` divides the layer there.
+
+    bounds: numbers of output rows, in order. Raises `ValueError` for a delta that cannot be cut there, or one of the
+    whole layer that does not know how many rows it has.
+    """
+    found: list[Delta] = []
+    for start, stop, inner in _pieces(delta):
+        end = inner.outputs if stop is None else stop
+        if end is None:
+            raise ValueError(f"a {type(inner).__name__} for any number of rows cannot be divided")
+        edges = [start, *(bound for bound in bounds if start < bound < end), end]
+        found += [Rows(_cut(Piece(start, end, inner), a, b), a, b, delta.outputs) for a, b in pairwise(edges)]
+    return Sum(*found)
+
+
 def _pieces(delta: Delta) -> list[Piece]:
     if isinstance(delta, Rows):
         return [Piece(delta.start, delta.stop, delta.inner)]
@@ -93,10 +111,33 @@ def _cut_delta(delta: Delta, rows: slice) -> Delta:
         bias = None if delta.bias is None else delta.bias[rows]
         return Dense(delta.weight[rows], bias, delta.geometry)
     if isinstance(delta, Kronecker) and (delta.geometry is None or delta.geometry.groups == 1):
-        return Dense(delta.dense()[rows].to(delta.w1.dtype), None, delta.geometry)
+        return _cut_kronecker(delta, *rows.indices(delta.outputs)[:2])
     if isinstance(delta, Decomposed):
         gain = delta.gain.flatten()[rows]
         return Decomposed(_cut_delta(delta.inner, rows), gain, torch.ones_like(gain))
     if isinstance(delta, Shift):
         return Shift(delta.bias[rows], delta.channel_dim)
     raise ValueError(f"one network covers the whole layer by a {type(delta).__name__}, another only parts of it")
+
+
+def _cut_kronecker(delta: Kronecker, start: int, stop: int) -> Delta:
+    """Row i of w1 makes a block of rows, as many as w2 has: whole blocks, and a part of one before and after them."""
+    block = delta.outputs // delta.w1.shape[0]
+    found: list[Rows] = []
+    at = start
+    while at < stop:
+        row, within = divmod(at, block)
+        if within == 0 and stop - at >= block:
+            end = stop - stop % block
+            w1, w2 = delta.w1[row : end // block], delta.w2
+        else:
+            end = min(stop, (row + 1) * block)
+            w1, w2 = delta.w1[row : row + 1], _cut_second(delta.w2, slice(within, within + end - at))
+        part = Kronecker(w1, w2, delta.geometry)
+        found.append(Rows(part, at - start, end - start, stop - start))
+        at = end
+    return found[0].inner if len(found) == 1 else Sum(*found)
+
+
+def _cut_second(w2: Tensor | LowRank, rows: slice) -> Tensor | LowRank:
+    return LowRank(w2.down, w2.up[rows], w2.mid, w2.geometry) if isinstance(w2, LowRank) else w2[rows]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from typing import Any
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+from lib_dynfuse.guidance.libraries import missing_operators_skipped
 
 torch.set_num_threads(1)
 
@@ -24,25 +25,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--webui-style", default="", help="a LoRA of its; else its second")
 
 
-def import_torchvision() -> None:
-    """Import torchvision once, even where its compiled operators do not match the installed torch.
-
-    It registers shapes for operators of its own at import, which fails when those operators could not be loaded;
-    nothing here uses them.
-    """
-    register = torch.library.register_fake
-
-    def skip_torchvision(op: Any, *args: Any, **kwargs: Any) -> Any:
-        if str(op).startswith("torchvision::"):
-            return lambda function: function
-        return register(op, *args, **kwargs)
-
-    torch.library.register_fake = skip_torchvision
-    try:
-        import torchvision  # noqa: F401
-    finally:
-        torch.library.register_fake = register
-
-
 if importlib.util.find_spec("torchvision"):
-    import_torchvision()
+    with missing_operators_skipped():
+        import torchvision  # noqa: F401

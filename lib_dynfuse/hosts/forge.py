@@ -13,11 +13,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lib_dynfuse.core.algebra import wide
 from lib_dynfuse.core.delta import Delta, Sum
 from lib_dynfuse.core.types import Role, Row
 from lib_dynfuse.errors import DynFuseError
 from lib_dynfuse.hosts.base import Before, Layers, Place, Tag
 from lib_dynfuse.hosts.forge_networks import Patch, deltas_of
+from lib_dynfuse.hosts.fused import apart
 from lib_dynfuse.hosts.reading import place_of, read_tags
 
 Patches = Mapping[str, Sequence[Patch]]
@@ -108,7 +110,14 @@ class Forge:
         return said
 
     def _divide(self, key: tuple[Any, ...], role: Role, patches: Patches, plain: Sequence[Patches]) -> Taken:
-        deltas, left = deltas_of(patches, self._unet, lambda name: self._weight(name, plain), self._merge)
+        deltas, left = deltas_of(
+            patches,
+            self._unet,
+            lambda name: self._weight(name, plain),
+            self._merge,
+            stored=self._stored(),
+            loaded=self._loaded().values(),
+        )
         return Taken(key, role, patches, plain, deltas, {name: patches[name] for name in left})
 
     def layers(self) -> Layers:
@@ -118,10 +127,7 @@ class Forge:
             for name, delta in taken.deltas.items():
                 deltas.setdefault(name, {}).setdefault(taken.role, []).append(delta)
         return {
-            name: (
-                module,
-                {role: found[0] if len(found) == 1 else Sum(*found) for role, found in deltas[name].items()},
-            )
+            name: (module, _together(name, deltas[name]))
             for name, module in self._unet.named_modules()  # in the order of the network
             if name in deltas
         }
@@ -160,6 +166,11 @@ class Forge:
         loaded: Mapping[tuple[Any, ...], Patches] = self._model.forge_objects_after_applying_lora.unet.lora_patches
         return loaded
 
+    def _stored(self) -> Mapping[str, Tensor]:
+        """By key the parameters that have patches merged into them at present, as they are without."""
+        stored: Mapping[str, Tensor] = self._model.forge_objects.unet.model.lora_loader.backup
+        return stored
+
     def _weight(self, key: str, plain: Sequence[Patches]) -> Tensor:
         """A weight, taken out of whatever stores it in fewer bits, with the plain networks in it.
 
@@ -168,11 +179,16 @@ class Forge:
         from backend import utils
 
         model = self._model.forge_objects.unet.model
-        layer, _, weight = utils.get_attr_with_parent(model, key)
-        weight = model.lora_loader.backup.get(key, weight)
+        layer, name, weight = utils.get_attr_with_parent(model, key)
+        weight = self._stored().get(key, weight)
+        scale = getattr(layer, "scale_weight", None) if name == "weight" else None
+        whole = _dequantised(weight, scale).detach()
         patches = [patch for patches in plain for patch in patches.get(key, ())]
-        whole = _dequantised(weight, layer).detach()
-        return self._merge(patches, whole) if patches else whole
+        if not patches:
+            return whole
+        # On the fly, the host adds to what it computes with; otherwise to what it stores, and rounds again.
+        on_the_fly = any(network[3:4] == (True,) for network in self._loaded())
+        return self._merge(patches, wide(whole) if on_the_fly else whole)
 
     def _merge(self, patches: Sequence[Patch], weight: Tensor) -> Tensor:
         from backend.patcher.lora import merge_lora_to_weight
@@ -212,16 +228,29 @@ def rows_of(cond_or_uncond: Sequence[int], count: int, seeds: Sequence[int]) -> 
     )
 
 
-def _dequantised(weight: Tensor, layer: Any) -> Tensor:
+def _together(name: str, deltas: Mapping[Role, Sequence[Delta]]) -> dict[Role, Delta]:
+    """One delta per role; where the roles meet on a fused layer, by its parts."""
+    found = {role: listed[0] if len(listed) == 1 else Sum(*listed) for role, listed in deltas.items()}
+    return found if len(found) < 2 else {role: apart(name, delta) for role, delta in found.items()}
+
+
+def _dequantised(weight: Tensor, scale: Tensor | None) -> Tensor:
     if hasattr(weight, "bnb_quantized"):
         from backend.operations_bnb import functional_dequantize_4bit
 
         found: Tensor = functional_dequantize_4bit(weight)
         return found
     if getattr(weight, "gguf_cls", None) is not None:
-        from backend.operations_gguf import dequantize_tensor
-
-        found = dequantize_tensor(weight)
-        return found
-    scale = getattr(layer, "scale_weight", None)
+        return _unpacked(weight)
     return weight if scale is None else weight.float() * scale.to(weight.device).float()
+
+
+def _unpacked(weight: Any) -> Tensor:
+    from backend.operations_gguf import dequantize_tensor
+
+    if not weight.baked:
+        # The host lays the bits out for its arithmetic when it first loads the model to sample: done here to a copy.
+        weight = weight.copy_with_data(weight.data)
+        weight.gguf_cls.bake(weight)
+    found: Tensor = dequantize_tensor(weight)
+    return found

@@ -9,7 +9,7 @@ its patch; of all else the host's own merge makes ΔW.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -45,12 +45,16 @@ def deltas_of(
     unet: nn.Module,
     weight: Callable[[str], Tensor],
     merge: Callable[[list[Patch], Tensor], Tensor],
+    *,
+    stored: Mapping[str, Tensor] | None = None,
+    loaded: Collection[Mapping[str, Sequence[Patch]]] = (),
 ) -> tuple[dict[str, Delta], list[str]]:
     """What one network file adds to the layers of `unet`, by path, and the keys that have to stay merged.
 
     patches: by the parameter's key, `diffusion_model.<path>.weight` or `.bias`. weight(key): the parameter as it is
     with the plain networks merged in, unpacked; asked for only by kinds that depend on it: DoRA, GLoRA, `set`, whatever
-    is not known here. merge: the host's `merge_lora_to_weight`.
+    is not known here. merge: the host's `merge_lora_to_weight`. stored: the parameters that have something merged into
+    them at present, as they are without. loaded: the patches of all networks of the prompt.
     """
     found: dict[str, list[Delta]] = {}
     left: list[str] = []
@@ -59,7 +63,11 @@ def deltas_of(
         try:
             if not key.startswith(_PREFIX):
                 raise ValueError(f"{key} is no parameter of the UNet")
-            parameter = _Parameter(unet.get_submodule(path), name, functools.partial(weight, key), merge)
+            layer = unet.get_submodule(path)
+            shape = _shape(layer, name, (stored or {}).get(key))
+            if shape is not None and any(_widens(patch, shape) for other in loaded for patch in other.get(key, ())):
+                raise ValueError("the layer takes more inputs as soon as this or another network is merged")
+            parameter = _Parameter(layer, name, shape, functools.partial(weight, key), merge)
             together = [*found.get(path, ()), *map(parameter.delta, listed)]
             Sum(*together)  # they are for one layer
         # Whatever we, torch or the host's code may make of a patch that fits in no way: the others fit all the same.
@@ -80,6 +88,7 @@ class _Parameter:
         self,
         layer: nn.Module,
         name: str,
+        shape: tuple[int, ...] | None,
         weight: Callable[[], Tensor],
         merge: Callable[[list[Patch], Tensor], Tensor],
     ) -> None:
@@ -89,7 +98,7 @@ class _Parameter:
         self._name = name
         self._geometry = Geometry.of(layer) if isinstance(layer, nn.Conv2d) else None
         self._kernel = tuple(layer.kernel_size) if isinstance(layer, nn.Conv2d) else ()
-        self._shape = _shape(layer, name)
+        self._shape = shape
         self._weight = functools.cache(lambda: wide(weight()))
         self._merge = merge
 
@@ -251,8 +260,8 @@ def _is_linear(layer: nn.Module) -> bool:
     return any(base.__name__ == "Linear" for base in type(layer).__mro__)
 
 
-def _shape(layer: nn.Module, name: str) -> tuple[int, ...] | None:
-    """The shape of a layer's weight or bias, None where it cannot be known."""
+def _shape(layer: nn.Module, name: str, stored: Tensor | None) -> tuple[int, ...] | None:
+    """The shape of a layer's weight or bias without what is merged at present, None where it cannot be known."""
     if isinstance(layer, nn.LayerNorm):
         return tuple(layer.normalized_shape)
     if isinstance(layer, nn.GroupNorm):
@@ -260,14 +269,14 @@ def _shape(layer: nn.Module, name: str) -> tuple[int, ...] | None:
     if isinstance(layer, nn.Conv2d):
         whole: tuple[int, ...] | None = (layer.out_channels, layer.in_channels // layer.groups, *layer.kernel_size)
     else:
-        whole = _linear_shape(layer)
+        # Not by attribute: where memory is low, that would bring the weight onto the device.
+        kept = layer._parameters.get("weight") if stored is None or name == "bias" else stored
+        whole = _linear_shape(kept)
     return whole if whole is None or name == "weight" else whole[:1]
 
 
-def _linear_shape(layer: nn.Module) -> tuple[int, ...] | None:
+def _linear_shape(kept: Tensor | None) -> tuple[int, ...] | None:
     """A packed weight's own shape says nothing; those who pack it may keep the true one."""
-    # Not by attribute: where memory is low, that would bring the weight onto the device.
-    kept = layer._parameters.get("weight")
     if kept is None:
         return None
     for holder, name in ((kept, "real_shape"), (getattr(kept, "quant_state", None), "shape")):
@@ -275,6 +284,14 @@ def _linear_shape(layer: nn.Module) -> tuple[int, ...] | None:
         if told is not None:
             return tuple(told)
     return tuple(kept.shape) if kept.dim() == 2 and kept.is_floating_point() else None
+
+
+def _widens(patch: Patch, shape: tuple[int, ...]) -> bool:
+    """Whether the host's merge makes a Linear layer take more inputs: a model that is fed more than a picture."""
+    value = patch[1]
+    if len(shape) != 2 or not isinstance(value, tuple) or value[0] != "lora":
+        return False
+    return bool(value[1][1].flatten(1).shape[1] > shape[1])
 
 
 def _scale(alpha: float | None, down: Tensor) -> float:

@@ -163,21 +163,22 @@ class ReForge(_Related):
         patcher = self._model.forge_objects.unet
         path, _, name = key.rpartition(".")
         layer = patcher.model.get_submodule(path)
-        weight = self._unmerged(patcher, key, getattr(layer, name)).detach().to(torch.float32, copy=True)
+        weight = self._stored().get(key, getattr(layer, name)).detach().to(torch.float32, copy=True)
         convert = getattr(layer, f"convert_{name}", None)
         whole: Tensor = weight if convert is None else convert(weight, inplace=True)
         patches = [patch for patches in plain for patch in patches.get(key, ())]
         return self._merge(patches, whole) if patches else whole
 
-    def _unmerged(self, patcher: Any, key: str, weight: Tensor) -> Tensor:
-        """A weight without any LoRA: what is merged at present is kept by the patcher that did it."""
+    def _stored(self) -> Mapping[str, Tensor]:
+        """What is merged at present is kept, without, by the patcher that did it."""
         from ldm_patched.modules.model_management import current_loaded_models
 
+        patcher = self._model.forge_objects.unet
+        stored: dict[str, Tensor] = {}
         for one in (patcher, *(loaded.model for loaded in current_loaded_models)):
-            if getattr(one, "model", None) is patcher.model and key in one.backup:
-                kept: Tensor = getattr(one.backup[key], "weight", one.backup[key])
-                return kept
-        return weight
+            if getattr(one, "model", None) is patcher.model:
+                stored = {**{key: getattr(kept, "weight", kept) for key, kept in one.backup.items()}, **stored}
+        return stored
 
     def _calculate(self, patches: list[tuple[Any, ...]], weight: Tensor) -> Tensor:
         from ldm_patched.modules.lora import calculate_weight

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -335,8 +336,10 @@ def test_forge_neo_s_adapters_are_read_as_well(reshape: list[int] | None) -> Non
 
     class Host(ForgeNeo):
         @property
-        def _unet(self) -> torch.nn.Module:
-            return unet
+        def _model(self) -> Any:
+            model = SimpleNamespace(diffusion_model=unet, lora_loader=SimpleNamespace(backup={}))
+            objects = SimpleNamespace(unet=SimpleNamespace(model=model, lora_patches={}))
+            return SimpleNamespace(forge_objects=objects, forge_objects_after_applying_lora=objects)
 
     taken = Host(None)._divide(("ink", 0.5, 1.0, False), Role.STYLE, {"diffusion_model.to_q.weight": [patch]}, [])
     assert set(taken.deltas) == (set() if reshape else {"to_q"})

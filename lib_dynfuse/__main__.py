@@ -1,7 +1,8 @@
-"""The command line: `python -m lib_dynfuse generate`, `demo`, `bench`, `train-demo`, `export-demo`."""
+"""The command line: `python -m lib_dynfuse generate`, `score`, `demo`, `bench`, `train-demo`, `export-demo`."""
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -10,6 +11,12 @@ import typer
 from lib_dynfuse import __version__
 from lib_dynfuse.errors import DynFuseError
 from lib_dynfuse.generate import generate, one_clear_line
+from lib_dynfuse.guidance.libraries import missing_operators_skipped
+from lib_dynfuse.score import score
+
+# For the whole process and those that it starts: diffusers, too, imports torchvision wherever it is installed.
+_WHILE_WE_RUN = ExitStack()
+_WHILE_WE_RUN.enter_context(missing_operators_skipped())
 
 app = typer.Typer(
     add_completion=False,
@@ -19,6 +26,7 @@ app = typer.Typer(
     help="Dynamic LoRA Fusion: every layer of every step goes to the subject LoRA or to the style LoRA.",
 )
 app.command()(generate)
+app.command()(score)
 
 
 def _version(wanted: bool) -> None:

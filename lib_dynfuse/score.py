@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -117,28 +118,34 @@ def _encoders(clip: str, dino: str, models: Path, device: str) -> tuple[ClipEnco
 
     from lib_dynfuse.guidance.encoders import EncoderError, load_clip, load_dino
 
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.empty(0, device=where)
     except (RuntimeError, AssertionError) as error:
         raise DynFuseError(f"--device {device}: there is no such device here") from error
     try:
-        _no_progress_bars(dino)
-        return (
-            None if clip == _NONE else load_clip(clip, models, where),
-            None if dino == _NONE else load_dino(dino, models, where),
-        )
+        with _quiet_libraries(dino):
+            return (
+                None if clip == _NONE else load_clip(clip, models, where),
+                None if dino == _NONE else load_dino(dino, models, where),
+            )
     except EncoderError as error:
         raise DynFuseError(str(error)) from error
 
 
-def _no_progress_bars(dino: str) -> None:
-    """transformers draws one for the weights of even a small model."""
+@contextmanager
+def _quiet_libraries(dino: str) -> Iterator[None]:
+    """Without a network they log every retry, and transformers draws a bar for even a small model's weights."""
     if dino != _NONE:
         from lib_dynfuse.guidance.libraries import library
 
         library("transformers.utils.logging", "transformers").disable_progress_bar()
+    before = logging.root.manager.disable
+    logging.disable()
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 def _write(path: Path, text: str) -> None:

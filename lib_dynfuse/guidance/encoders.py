@@ -224,8 +224,8 @@ def _advice_clip(where: str, folder: Path | None) -> str:
     title = f"{arch}-{tag}" if tag and not weights.is_path(tag) else Path(arch).name
     room = folder or Path("models/dynfuse")
     return (
-        f"put the checkpoint there as {room / title}.safetensors, or a folder {room / title} with {_CLIP_CONFIG} and "
-        "open_clip_model.safetensors"
+        f"put the checkpoint at {room / title}.safetensors, or make a folder {room / title} with {_CLIP_CONFIG} "
+        "and open_clip_model.safetensors"
     )
 
 
@@ -290,7 +290,7 @@ def _dino_preprocess(source: str, config: dict[str, Any], cached_file: Any, offl
 
 def _advice_dino(title: str, folder: Path | None) -> str:
     room = folder or Path("models/dynfuse")
-    return f"put a folder {room / title} there with {_DINO_CONFIG}, model.safetensors and {_DINO_PICTURES}"
+    return f"make a folder {room / title} with {_DINO_CONFIG}, model.safetensors and {_DINO_PICTURES}"
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from lib_dynfuse.core.delta import Delta, Rows, Sum
 from lib_dynfuse.core.types import Role, Row
 from lib_dynfuse.hosts.a1111_networks import NORMS, delta_of
 from lib_dynfuse.hosts.base import Before, Layers, Place, Tag
-from lib_dynfuse.hosts.reading import place_of, read_tags
+from lib_dynfuse.hosts.reading import place_of, read_tags, staying
 
 _PART_OF_FUSED = re.compile(r"(.*)_([qkv])_proj$")
 
@@ -63,7 +63,7 @@ class Automatic1111:
                 continue
             ours, left = self._divide(network)
             if left:
-                said.append(f"{network.name}: {len(left)} layers stay merged, they cannot be chosen; first {left[0]}")
+                said.append(staying(network.name, left))
             if not ours:
                 said.append(f"{network.name} has no layer in the UNet: its role changes nothing")
                 continue

@@ -20,7 +20,7 @@ from lib_dynfuse.errors import DynFuseError
 from lib_dynfuse.hosts.base import Before, Layers, Place, Tag
 from lib_dynfuse.hosts.forge_networks import Patch, deltas_of
 from lib_dynfuse.hosts.fused import apart
-from lib_dynfuse.hosts.reading import place_of, read_tags
+from lib_dynfuse.hosts.reading import place_of, read_tags, staying
 
 Patches = Mapping[str, Sequence[Patch]]
 MARK = "dynfuse"
@@ -82,9 +82,11 @@ class Forge:
     def take(self, tags: Sequence[Tag]) -> list[str]:
         self.give_back()
         files = {one.mentioned_name: one.network_on_disk.filename for one in self._networks.loaded_networks}
-        missing = [tag.name for tag in tags if tag.name not in files]
-        if missing:
-            raise DynFuseError(f"no LoRA {', '.join(missing)} was found; {self.name} then leaves out the others too")
+        if missing := [tag.name for tag in tags if tag.name not in files]:
+            # After one that does not exist the host has loaded none at all.
+            known = {*self._networks.available_networks, *self._networks.available_network_aliases}
+            gone = [name for name in missing if name not in known] or missing
+            raise DynFuseError(f"no LoRA {', '.join(gone)} was found; {self.name} then leaves out the others too")
         roles: dict[tuple[str, float], Role] = {}
         for tag in tags:
             if tag.role is not None and roles.setdefault((files[tag.name], tag.unet), tag.role) is not tag.role:
@@ -98,13 +100,15 @@ class Forge:
             name = names[file]
             key = next((key for key in loaded if key[:2] == (file, strength)), None)
             if key is None:
-                said.append(f"{name} has no layer in the UNet of this model: its role changes nothing")
+                said.append(
+                    f"{self.name} found nothing of {name} for this model's UNet (it may be for another model, or of a "
+                    f"kind that {self.name} does not read): its role changes nothing"
+                )
                 continue
             found = next((one for one in before if one.still_is(key, loaded[key], plain)), None)
             taken = self._divide(key, role, loaded[key], plain) if found is None else replace(found, role=role)
             if taken.left:
-                first = next(iter(taken.left))
-                said.append(f"{name}: {len(taken.left)} layers stay merged, they cannot be chosen; first {first}")
+                said.append(staying(name, list(taken.left)))
             if taken.deltas:
                 self._taken.append(taken)
         return said

@@ -1,4 +1,4 @@
-"""What every WebUI of the family tells alike: the prompt's LoRA tags, and where its denoiser stands."""
+"""What every WebUI of the family tells alike: the tags of the prompt, where its denoiser stands, what is told."""
 
 from __future__ import annotations
 
@@ -65,3 +65,10 @@ def place_of(params: Any) -> Place:
         total=total,
         sigma=float(sigma[0]) if sigma.device.type == "cpu" else None,
     )
+
+
+def staying(name: str, keys: Sequence[str]) -> str:
+    """What to tell of the layers of a network that nothing can be added to."""
+    if len(keys) == 1:
+        return f"{name}: one layer stays merged, it cannot be chosen: {keys[0]}"
+    return f"{name}: {len(keys)} layers stay merged, they cannot be chosen; first {keys[0]}"

@@ -28,7 +28,7 @@ _GREY = "#555555"
 _COLOURS = "PuOr"
 _NOTHING = "#c8c8c8"
 # Their tokens are the prompt's words, not places in the picture. A part of a fused layer ends in [start:stop].
-_WORDS = re.compile(r"(?:^|\.)attn2\.to_[kv](?:\.|\[|$)")
+_WORDS = re.compile(r"(?:^|\.)(?:attn2\.to_[kv]|txt_(?:attn|mlp|mod))(?:\.|\[|$)")
 
 
 def heat_map(record: Record, image: int = 0) -> Figure:

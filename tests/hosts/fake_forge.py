@@ -108,8 +108,8 @@ class Forge:
     """The WebUI: what a person does is load LoRAs by tags and sample."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.networks = SimpleNamespace(loaded_networks=[])
         self.files: dict[str, dict[str, list[Any]]] = {}
+        self.networks = SimpleNamespace(loaded_networks=[], available_networks=self.files, available_network_aliases={})
         self.shared: Any = ModuleType("modules.shared")
         self.shared.sd_model = new_model()
         utils: Any = ModuleType("backend.utils")

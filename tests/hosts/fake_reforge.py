@@ -183,6 +183,8 @@ class WebUI:
         self.files: dict[str, dict[str, Any]] = {}
         self.networks = SimpleNamespace(
             loaded_networks=[],
+            available_networks=self.files,
+            available_network_aliases={},
             load_lora_state_dict=self.read,
             load_lora_for_models=self.load_lora_for_models,
         )

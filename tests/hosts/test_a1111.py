@@ -230,7 +230,7 @@ def test_what_cannot_be_hooked_stays_merged_and_is_named(webui: WebUI) -> None:
     webui.networks.load_networks(["fox"], [1.0])
     host = Automatic1111(webui.networks)
     said = host.take([Tag("fox", 1.0, SUBJECT)])
-    assert said == ["fox: 1 layers stay merged, they cannot be chosen; first diffusion_model"]
+    assert said == ["fox: one layer stays merged, it cannot be chosen: diffusion_model"]
     assert list(webui.networks.loaded_networks[0].modules) == ["diffusion_model"]
     host.give_back()
 

@@ -176,14 +176,14 @@ def test_where_a_network_widens_a_layer_all_stay_merged_there(webui: WebUI) -> N
     add(webui, "detail", weight=("lora", (rand(8, 2), rand(2, 12), 1.0, None, None)))
     webui.activate(("fox", 1.0), ("detail", 0.5))
     [line] = Forge(webui.networks).take([FOX, PLAIN])
-    assert "fox: 1 layers stay merged" in line
+    assert "fox: one layer stays merged" in line
     # The same after the host has merged it, and the layer is another one for the time being.
     loader = webui.model.forge_objects.unet.model.lora_loader
     loader.backup["diffusion_model.to_q.weight"] = webui.unet.to_q.weight.data
     webui.unet.to_q.weight.data = torch.zeros(8, 12)
     [line] = Forge(webui.networks).take([FOX, PLAIN])
-    assert "fox: 1 layers stay merged" in line
+    assert "fox: one layer stays merged" in line
     add(webui, "ink", weight=("lora", (rand(8, 2), rand(2, 12), 1.0, None, None)))
     webui.activate(("ink", 0.7))
     [line] = Forge(webui.networks).take([INK])
-    assert "ink: 1 layers stay merged" in line
+    assert "ink: one layer stays merged" in line

@@ -130,6 +130,7 @@ def test_layers_on_words_or_on_another_grid_do_not_count() -> None:
     words = np.zeros((1, 6))
     several = with_tokens(a__attn1__to_q=grid, a__attn2__to_k=words, b=np.zeros((1, 7)))
     several.tokens["a.attn2.to_k[0:64]"] = words.astype(np.float32)
+    several.tokens["double_blocks.0.txt_attn.qkv[0:64]"] = words.astype(np.float32)
     found = style_by_place(several, 0, 48, 32)
     np.testing.assert_array_equal(found, np.zeros((3, 2)))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -11,12 +10,10 @@ import typer
 from lib_dynfuse import __version__
 from lib_dynfuse.errors import DynFuseError
 from lib_dynfuse.generate import generate, one_clear_line
-from lib_dynfuse.guidance.libraries import missing_operators_skipped
+from lib_dynfuse.guidance.libraries import skip_missing_operators
 from lib_dynfuse.score import score
 
-# For the whole process and those that it starts: diffusers, too, imports torchvision wherever it is installed.
-_WHILE_WE_RUN = ExitStack()
-_WHILE_WE_RUN.enter_context(missing_operators_skipped())
+skip_missing_operators()
 
 app = typer.Typer(
     add_completion=False,

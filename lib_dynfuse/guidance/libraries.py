@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+
+_FOR_GOOD = ExitStack()
 
 
 class EncoderError(Exception):
@@ -46,3 +48,9 @@ def missing_operators_skipped() -> Iterator[None]:
         yield
     finally:
         torch.library.register_fake = register
+
+
+def skip_missing_operators() -> None:
+    """The same for the rest of a process of our own: diffusers imports torchvision whenever it likes."""
+    _FOR_GOOD.close()
+    _FOR_GOOD.enter_context(missing_operators_skipped())

@@ -9,7 +9,7 @@ from lib_dynfuse.guidance.libraries import EncoderError, library, missing_operat
 
 
 def test_a_missing_library_is_told_with_the_package_to_install() -> None:
-    with pytest.raises(EncoderError, match="no_such_library cannot be imported .*; install the package such-a-one"):
+    with pytest.raises(EncoderError, match=r"no_such_library cannot be imported .*; install the package such-a-one"):
         library("no_such_library", "such-a-one")
 
 

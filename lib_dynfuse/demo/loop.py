@@ -81,7 +81,7 @@ def train(
 
     def save(finished: bool) -> None:
         state = {
-            "module": {name: p.detach() for name, p in learning.items()},
+            "module": {name: p.detach() for name, p in (*learning.items(), *module.named_buffers())},
             "average": average,
             "optimiser": optimiser.state_dict(),
             "curve": vars(curve),

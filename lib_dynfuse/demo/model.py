@@ -45,6 +45,10 @@ class Preset:
     judge_batch: int = 32
     style_judge_steps: int = 4000
     style_judge_batch: int = 256
+    clip_steps: int = 2400
+    clip_batch: int = 96
+    dino_steps: int = 4000
+    dino_batch: int = 48
     autocast: bool = False
 
 
@@ -63,6 +67,10 @@ PRESETS = {
         subject_batch=8,
         judge_steps=4000,
         judge_batch=128,
+        clip_steps=8000,
+        clip_batch=384,
+        dino_steps=20000,
+        dino_batch=256,
         autocast=True,
     ),
 }

@@ -14,7 +14,22 @@ from diffusers import AutoencoderKL
 from torch.nn.functional import avg_pool2d
 from transformers import CLIPTokenizer
 
-from lib_dynfuse.demo import autoencoder, base, box, data, judge, latents, loop, loras, measure, model, source, split
+from lib_dynfuse.demo import (
+    autoencoder,
+    base,
+    box,
+    data,
+    encoders,
+    judge,
+    latents,
+    loop,
+    loras,
+    measure,
+    model,
+    recognise,
+    source,
+    split,
+)
 from lib_dynfuse.demo.record import Record
 
 
@@ -230,6 +245,38 @@ def train_judge(work: Work) -> None:
     )
 
 
+def train_clip(work: Work) -> None:
+    preset, pictures = work.preset, work.pictures
+    trained, curve = encoders.train_clip(
+        work.checkpoint("clip"),
+        pictures,
+        batch=preset.clip_batch,
+        schedule=work.schedule("clip", preset.clip_steps, 2e-3, ema=0.99),
+        device=work.device,
+        bar=work.bar,
+    )
+    work.record.curve("clip", curve, preset.clip_batch)
+    folder = work.out / "encoders" / "clip"
+    encoders.save_clip(trained, folder)
+    work.record.figure("CLIP on real pictures that it has not seen", recognise.clip_figures(folder, pictures))
+
+
+def train_dino(work: Work) -> None:
+    preset, pictures = work.preset, work.pictures
+    trained, curve = encoders.train_dino(
+        work.checkpoint("dino"),
+        pictures,
+        batch=preset.dino_batch,
+        schedule=work.schedule("dino", preset.dino_steps, 1e-3, ema=0.99),
+        device=work.device,
+        bar=work.bar,
+    )
+    work.record.curve("dino", curve, preset.dino_batch)
+    folder = work.out / "encoders" / "dino"
+    encoders.save_dino(trained, folder)
+    work.record.figure("DINO on real pictures that it has not seen", recognise.dino_figures(folder, pictures))
+
+
 def train_loras(work: Work) -> None:
     """Both styles, then the subjects; files that are there already are kept."""
     preset = work.preset
@@ -295,6 +342,8 @@ STAGES: dict[str, Callable[[Work], None]] = {
     "text": train_text,
     "unet": train_unet,
     "judge": train_judge,
+    "clip": train_clip,
+    "dino": train_dino,
     "loras": train_loras,
     "box": fill_box,
     "measure": measure_all,

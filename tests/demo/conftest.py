@@ -32,6 +32,10 @@ TINY = model.Preset(
     judge_batch=8,
     style_judge_steps=2,
     style_judge_batch=8,
+    clip_steps=2,
+    clip_batch=6,
+    dino_steps=2,
+    dino_batch=2,
 )
 
 

@@ -38,10 +38,13 @@ def test_everything_in_the_box_is_fp16(trained: Path) -> None:
 def test_the_record_tells_every_stage(tiny: model.Preset, trained: Path) -> None:
     record = json.loads((trained / "record.json").read_text())
     assert record["settings"]["pixels"] == 16
-    stages = {"autoencoder", "text", "unet", "judge-subject", "judge-style", "style-high-contrast", "subject-fox"}
-    assert record["stages"].keys() == stages
+    judges, encoders = {"judge-subject", "judge-style"}, {"clip", "dino"}
+    loras = {"style-high-contrast", "subject-fox"}
+    assert record["stages"].keys() == {"autoencoder", "text", "unet", *judges, *encoders, *loras}
     assert record["stages"]["unet"]["steps"] == tiny.base_steps
-    assert record["figures"].keys() == {"judge on real pictures that it has not seen"}
+    assert record["figures"].keys() == {
+        f"{who} on real pictures that it has not seen" for who in ("judge", "CLIP", "DINO")
+    }
 
 
 def test_the_judge_knows_the_split(trained: Path) -> None:

@@ -48,6 +48,7 @@ class Session:
         self._trace: Trace | None = None
         self._first_step = 0  # of this sampling, in the trace: a hires pass counts on
         self._last_step = -1
+        self._at_last_step = False
         self._attached = ExitStack()
 
     def tell(self, line: str) -> None:
@@ -57,7 +58,7 @@ class Session:
 
     def activate(self, networks: Mapping[str, Sequence[Any]]) -> None:
         """The host has loaded the prompt's LoRAs: take over those with a role. Never raises; what is wrong is told."""
-        under_way = self._fusion is not None
+        under_way = self._fusion is not None and not self._at_last_step
         self._detach()
         self._active = False
         _open[:] = [*(one for one in _open if one is not self), self]
@@ -98,6 +99,7 @@ class Session:
         if not self._active:
             return
         self._first_step = self._last_step + 1
+        self._at_last_step = False
         if self._trace is None:
             self._trace = Trace(passes=max(1, steps), tokens=self.options.strategy == "kl-token")
         self._install()
@@ -135,6 +137,7 @@ class Session:
         place: Place = self._host.place(params)
         step = self._first_step + place.step
         self._last_step = max(self._last_step, step)
+        self._at_last_step = place.step >= place.total - 1
         self._fusion.step = step
         self._fusion.progress = min(1.0, place.step / (place.total - 1)) if place.total > 1 else 0.0
         if self._trace is not None:

@@ -22,11 +22,11 @@ from transformers import ViTConfig, ViTModel
 from lib_dynfuse.demo import judge, loop, split
 from lib_dynfuse.demo.data import Pictures
 from lib_dynfuse.guidance.libraries import library
+from lib_dynfuse.guidance.preprocess import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD
 
 PIXELS = 64
 # Those of OpenAI's CLIP and of Meta's DINO, which a loader takes for granted where a folder does not say.
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-DINO_MEAN, DINO_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+DINO_MEAN, DINO_STD = IMAGENET_MEAN, IMAGENET_STD
 # The words are most of it: 49,408 of them, so that open_clip's own tokenizer fits.
 CLIP: dict[str, Any] = {
     "embed_dim": 64,

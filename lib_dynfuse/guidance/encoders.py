@@ -7,7 +7,7 @@ takes seconds and may download: never do it inside a sampler.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,6 +17,7 @@ from torch.nn.functional import normalize
 
 from lib_dynfuse.guidance import weights
 from lib_dynfuse.guidance.libraries import EncoderError, library, missing_operators_skipped
+from lib_dynfuse.guidance.precision import without_autocast
 from lib_dynfuse.guidance.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess, from_open_clip, from_transformers
 
 __all__ = ["ClipEncoder", "DinoEncoder", "Encoder", "EncoderError", "load_clip", "load_dino"]
@@ -65,11 +66,6 @@ class _Frozen:
     def _prepared(self, images: Tensor) -> Tensor:
         return self.preprocess(images.to(self._device)).to(self._dtype)
 
-    def _own_precision(self) -> Any:
-        """A host's autocast would change ours."""
-        kind = self._device.type
-        return torch.autocast(kind, enabled=False) if kind in ("cpu", "cuda") else nullcontext()
-
 
 class ClipEncoder(_Frozen):
     """A CLIP of open_clip's."""
@@ -88,14 +84,14 @@ class ClipEncoder(_Frozen):
 
     def image(self, images: Tensor) -> Tensor:
         """RGB [B, 3, H, W] in 0..1 -> [B, D] float32 of length 1, differentiable."""
-        with self._own_precision():
+        with without_autocast(self._device):
             return normalize(self._model.encode_image(self._prepared(images)).float(), dim=-1)
 
     @torch.no_grad()
     def text(self, prompts: Sequence[str]) -> Tensor:
         """Prompts -> [B, D] float32 of length 1. What is longer than the model's context is cut."""
         tokens = self._tokenizer(list(prompts), context_length=int(getattr(self._model, "context_length", 77)))
-        with self._own_precision():
+        with without_autocast(self._device):
             return normalize(self._model.encode_text(tokens.to(self._device)).float(), dim=-1)
 
 
@@ -109,7 +105,7 @@ class DinoEncoder(_Frozen):
         sides = (trained, trained) if isinstance(trained, int) else tuple(trained)
         # DINO v2 does so by itself.
         stretch = self._model.config.model_type == "vit" and tuple(pixels.shape[-2:]) != sides
-        with self._own_precision():
+        with without_autocast(self._device):
             hidden = self._model(pixels, **({"interpolate_pos_encoding": True} if stretch else {})).last_hidden_state
             return normalize(hidden[:, 0].float(), dim=-1)
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lib_dynfuse.guidance.decoders import Decoder
+from lib_dynfuse.guidance.precision import without_autocast
 
 MODES = ("x0", "adam")
 # METHOD.md, section 3: s = c · rms(D) where classifier-free guidance says nothing of the scale.
@@ -163,7 +164,7 @@ def _gradient(d: Tensor, objective: Objective) -> tuple[Tensor, Tensor]:
 @contextmanager
 def _own_gradients(device: torch.device) -> Iterator[None]:
     """Gradients in full precision, whatever the sampler around switched off or on."""
-    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+    with torch.inference_mode(False), torch.enable_grad(), without_autocast(device):
         yield
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,9 +9,10 @@ import pytest
 import torch
 from fake_forge import Forge as WebUI
 from fake_forge import lora, new_model
+from fusing import fused
 from torch import Tensor
 
-from lib_dynfuse.core import Fusion, Role, Row, strategy
+from lib_dynfuse.core import Role, Row
 from lib_dynfuse.errors import DynFuseError
 from lib_dynfuse.hosts.base import Tag
 from lib_dynfuse.hosts.forge import Forge, rows_of
@@ -35,23 +34,6 @@ def x() -> Tensor:
     return torch.randn(2, 4, 5, 5, generator=torch.Generator().manual_seed(9))
 
 
-@contextmanager
-def fused(webui: WebUI, host: Forge, rule: str = "sum") -> Iterator[list[Any]]:
-    """The pass that is about to begin is fused; gives the rows that the UNet's calls are told to have."""
-    seen: list[Any] = []
-    with Fusion(host.layers(), strategy(rule)) as fusion:
-
-        def before(rows: Sequence[Row] | None) -> None:
-            seen.append(rows)
-            fusion.paused = rows is None
-
-        stop = host.watch(before)
-        try:
-            yield seen
-        finally:
-            stop()
-
-
 @torch.no_grad()
 def test_the_sum_is_what_the_host_merges(webui: WebUI, x: Tensor) -> None:
     webui.activate(*ALL)
@@ -60,7 +42,7 @@ def test_the_sum_is_what_the_host_merges(webui: WebUI, x: Tensor) -> None:
     host = Forge(webui.networks)
     assert host.take([FOX, INK, PLAIN]) == []
     webui.begin_pass()
-    with fused(webui, host):
+    with fused(host):
         torch.testing.assert_close(webui.sample(x), merged, rtol=1e-5, atol=1e-6)
     assert list(webui.model.forge_objects.unet.lora_patches) == [("/loras/detail.safetensors", 0.5, 1.0, False)]
 
@@ -73,7 +55,7 @@ def test_off_is_bit_for_bit_what_it_was_before(webui: WebUI, x: Tensor) -> None:
     host = Forge(webui.networks)
     host.take([FOX, INK, PLAIN])
     webui.begin_pass()
-    with fused(webui, host, "kl"):
+    with fused(host, "kl"):
         webui.sample(x)
     host.give_back()
     assert torch.equal(webui.sample(x), merged)
@@ -105,7 +87,7 @@ def test_a_pass_that_is_announced_twice_is_taken_once(webui: WebUI, x: Tensor) -
     host.layers()
     webui.begin_pass()
     host.layers()
-    with fused(webui, host):
+    with fused(host):
         torch.testing.assert_close(webui.sample(x), merged, rtol=1e-5, atol=1e-6)
 
 
@@ -119,7 +101,7 @@ def test_another_model_under_way_is_taken_as_well(webui: WebUI, x: Tensor) -> No
     webui.activate(*ALL)
     merged = webui.sample(x)
     host.take([FOX, INK, PLAIN])
-    with fused(webui, host):
+    with fused(host):
         torch.testing.assert_close(webui.sample(x), merged, rtol=1e-5, atol=1e-6)
 
 
@@ -129,7 +111,7 @@ def test_a_call_with_another_patcher_is_left_alone(webui: WebUI, x: Tensor) -> N
     host = Forge(webui.networks)
     host.take([FOX, INK, PLAIN])
     webui.begin_pass()
-    with fused(webui, host) as seen:
+    with fused(host) as seen:
         webui.begin_pass()  # somebody else puts the host's own patcher back
         merged = webui.sample(x)
     assert seen == [None]
@@ -149,7 +131,7 @@ def test_what_cannot_be_hooked_stays_merged_and_is_told(webui: WebUI, x: Tensor)
     [told] = host.take([Tag("odd", 1.0, Role.SUBJECT), INK])
     assert told == "odd: one layer stays merged, it cannot be chosen: diffusion_model.table.weight"
     webui.begin_pass()
-    with fused(webui, host):
+    with fused(host):
         torch.testing.assert_close(webui.sample(x), merged, rtol=1e-5, atol=1e-6)
     assert torch.equal(table.weight, table_merged)
 
@@ -216,7 +198,7 @@ def test_seeds_and_steps_come_from_the_denoiser(webui: WebUI, x: Tensor) -> None
     webui.begin_pass()
     denoiser = SimpleNamespace(sampler=SimpleNamespace(config=None), p=SimpleNamespace(seeds=[41]), step=2)
     call = SimpleNamespace(denoiser=denoiser, sigma=torch.tensor([3.5]), total_sampling_steps=9)
-    with fused(webui, host) as seen:
+    with fused(host) as seen:
         place = host.place(call)
         webui.sample(x)
     assert (place.step, place.total, place.sigma) == (2, 9, 3.5)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,9 +9,10 @@ import pytest
 import torch
 from fake_forge import lora
 from fake_reforge import Adapter, ClassicPatcher, PersistentPatcher, ReForgePatcher, WebUI
+from fusing import fused
 from torch import Tensor
 
-from lib_dynfuse.core import Fusion, Role, Row, strategy
+from lib_dynfuse.core import Role
 from lib_dynfuse.core.delta import LowRank, Scaled
 from lib_dynfuse.errors import DynFuseError
 from lib_dynfuse.hosts.base import Tag, Unsupported
@@ -48,23 +47,6 @@ def host_of(webui: WebUI) -> ReForge:
     return (ReForge if webui.kind is ReForgePatcher else ForgeClassic)(webui.networks)
 
 
-@contextmanager
-def fused(webui: WebUI, host: ReForge, rule: str = "sum") -> Iterator[list[Any]]:
-    """The pass that is about to begin is fused; gives the rows that the UNet's calls are told to have."""
-    seen: list[Any] = []
-    with Fusion(host.layers(), strategy(rule)) as fusion:
-
-        def before(rows: Sequence[Row] | None) -> None:
-            seen.append(rows)
-            fusion.paused = rows is None
-
-        stop = host.watch(before)
-        try:
-            yield seen
-        finally:
-            stop()
-
-
 def merged_by_the_host(webui: WebUI, x: Tensor, *tags: tuple[str, float]) -> Tensor:
     webui.activate(*tags)
     webui.begin_pass()
@@ -77,7 +59,7 @@ def test_the_sum_is_what_the_host_merges(webui: WebUI, x: Tensor) -> None:
     host = host_of(webui)
     assert host.take([FOX, PLAIN, INK]) == []
     webui.begin_pass()
-    with fused(webui, host) as seen:
+    with fused(host) as seen:
         torch.testing.assert_close(webui.sample(x), merged, rtol=1e-5, atol=1e-6)
     assert seen == [()]  # a call of this sampling, whose pictures no callback has named
 
@@ -113,7 +95,7 @@ def test_off_is_bit_for_bit_what_it_was_before(webui: WebUI, x: Tensor) -> None:
     host = host_of(webui)
     host.take([FOX, PLAIN, INK])
     webui.begin_pass()
-    with fused(webui, host, "kl"):
+    with fused(host, "kl"):
         webui.sample(x)
     host.give_back()
     assert torch.equal(webui.sample(x), merged)
@@ -157,7 +139,7 @@ def test_a_pass_that_is_announced_twice_is_taken_once(webui: WebUI, x: Tensor) -
         webui.begin_pass()
         host.layers()
         host.layers()
-        with fused(webui, host):
+        with fused(host):
             torch.testing.assert_close(webui.sample(x), merged, rtol=1e-5, atol=1e-6)
 
 
@@ -174,7 +156,7 @@ def test_a_refiner_is_taken_as_well_and_left_as_it_was(webui: WebUI, x: Tensor) 
     webui.shared.sd_model = refiner  # its LoRAs are loaded already, so that the host loads nothing
     webui.activate(*ALL)
     host.take([FOX, PLAIN, INK])
-    with fused(webui, host):
+    with fused(host):
         torch.testing.assert_close(webui.sample(x), merged, rtol=1e-5, atol=1e-6)
     host.give_back()
     assert torch.equal(webui.sample(x), merged)
@@ -195,7 +177,7 @@ def test_patches_of_other_extensions_stay(webui: WebUI, x: Tensor) -> None:
     host = host_of(webui)
     host.take([FOX, PLAIN, INK])
     begin_pass()
-    with fused(webui, host):
+    with fused(host):
         torch.testing.assert_close(webui.sample(x), merged, rtol=1e-5, atol=1e-6)
 
 
@@ -206,7 +188,7 @@ def test_one_file_with_two_strengths_is_told_apart(webui: WebUI, x: Tensor) -> N
     host = host_of(webui)
     host.take([Tag("fox", 0.3, None), FOX, INK])
     webui.begin_pass()
-    with fused(webui, host):
+    with fused(host):
         assert [patch[0] for patch in webui.model.forge_objects.unet.patches["diffusion_model.to_q.weight"]] == [0.3]
         torch.testing.assert_close(webui.sample(x), merged, rtol=1e-5, atol=1e-6)
 
@@ -223,7 +205,7 @@ def test_a_kind_that_depends_on_the_weight_sees_it_with_the_plain_networks(
     host = host_of(webui)
     host.take([PLAIN, Tag("odd", 0.8, Role.SUBJECT)])  # while both are merged into the weight
     webui.begin_pass()
-    with fused(webui, host):
+    with fused(host):
         torch.testing.assert_close(webui.sample(x), merged, rtol=1e-5, atol=1e-6)
 
 
@@ -235,7 +217,7 @@ def test_an_adapter_of_another_kind_is_merged_by_itself(monkeypatch: pytest.Monk
     host = host_of(webui)
     host.take([Tag("turn", 0.6, Role.STYLE)])
     webui.begin_pass()
-    with fused(webui, host):
+    with fused(host):
         torch.testing.assert_close(webui.sample(x), merged, rtol=1e-5, atol=1e-6)
 
 
@@ -251,7 +233,7 @@ def test_what_cannot_be_hooked_stays_merged_and_is_told(webui: WebUI, x: Tensor)
     [told] = host.take([Tag("odd", 1.0, Role.SUBJECT), INK])
     assert told == "odd: one layer stays merged, it cannot be chosen: diffusion_model.table.weight"
     webui.begin_pass()
-    with fused(webui, host):
+    with fused(host):
         torch.testing.assert_close(webui.sample(x), merged, rtol=1e-5, atol=1e-6)
     assert torch.equal(table.weight, table_merged)
 
@@ -266,7 +248,7 @@ def test_the_next_picture_of_a_prompt_needs_no_merge(monkeypatch: pytest.MonkeyP
         host = host_of(webui)
         host.take([FOX, PLAIN, INK])
         webui.begin_pass()
-        with fused(webui, host):
+        with fused(host):
             webui.sample(x)
         host.give_back()
     assert webui.model.forge_objects.unet.model.merges == 1
@@ -282,7 +264,7 @@ def test_the_next_batch_of_a_prompt_uses_what_the_first_has_made(webui: WebUI, x
         host.take([FOX, PLAIN, INK])
         webui.begin_pass()
         found.append(host.layers()["to_q"][1][Role.SUBJECT])
-        with fused(webui, host):
+        with fused(host):
             torch.testing.assert_close(webui.sample(x), merged, rtol=1e-5, atol=1e-6)
         host.give_back()
         webui.begin_pass()  # as an extension does that paints over parts of a finished picture

@@ -6,10 +6,11 @@ Only what pydantic 1.10 and pydantic 2 share is used: hosts have the one or the 
 from __future__ import annotations
 
 import difflib
+import inspect
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, Field, ValidationError
 
@@ -17,11 +18,12 @@ from lib_dynfuse import __version__
 from lib_dynfuse.core.rules import Strategy
 from lib_dynfuse.core.strategies import Parameter, strategies, strategy
 from lib_dynfuse.errors import DynFuseError
+from lib_dynfuse.fingerprint import fingerprint
 
 INFOTEXT_KEY = "DynFuse"
 DEFAULT_STRATEGY = "kl"
-# Switches that change no picture, so they are no part of a picture's description.
-_NOT_IN_INFOTEXT = ("enabled", "trace")
+# They change no picture, so they are no part of a picture's description.
+NOT_IN_INFOTEXT = ("enabled", "score", "keep_best", "trace")
 _DIVERGENCE = {parameter.name: parameter for parameter in strategies()[DEFAULT_STRATEGY].parameters}
 
 
@@ -33,6 +35,11 @@ def _shared(name: str, label: str) -> Any:
     """An option that is a parameter of the divergence rules: default, range and help are theirs."""
     parameter = _DIVERGENCE[name]
     return Field(parameter.default, title=label, ge=parameter.minimum, le=parameter.maximum, description=parameter.help)
+
+
+def _weight(label: str, default: float, of: str) -> Any:
+    """An option that is the weight of one of guidance's terms."""
+    return Field(default, title=label, ge=0.0, le=10.0, description=f"How much it counts to be near to {of}.")
 
 
 class Options(BaseModel, extra="forbid"):
@@ -70,6 +77,94 @@ class Options(BaseModel, extra="forbid"):
     parameters: dict[str, Any] = Field(
         default={}, title="Rule's own parameters", description="Parameters that only the chosen rule has, by name."
     )
+    nudge: bool = Field(
+        default=False,
+        title="Nudge towards references",
+        description="At some steps, move the picture a little towards reference pictures, as CLIP and DINO see them.",
+    )
+    nudge_mode: Literal["x0", "adam", "xt"] = Field(
+        default="x0",
+        title="Way of nudging",
+        description="x0: one step on the denoised picture. adam: three smaller ones. "
+        "xt: through the UNet, as in the paper; much memory, not on Forge.",
+    )
+    nudge_strength: float = Field(
+        default=0.2, title="Nudge strength", ge=0.0, le=2.0, description="How far one nudge goes; 0 goes nowhere."
+    )
+    nudge_start: float = Field(
+        default=0.3,
+        title="Nudge from",
+        ge=0.0,
+        le=1.0,
+        description="Where nudging begins: 0 at the first step, 1 at the last.",
+    )
+    nudge_stop: float = Field(
+        default=0.7,
+        title="Nudge until",
+        ge=0.0,
+        le=1.0,
+        description="Where nudging ends: 0 at the first step, 1 at the last.",
+    )
+    nudge_every: int = Field(
+        default=1, title="Nudge every", ge=1, le=100, description="Steps from one nudge to the next."
+    )
+    nudge_clamp: float = Field(
+        default=0.1,
+        title="Nudge at most",
+        ge=0.0,
+        le=1.0,
+        description="No nudge moves the denoised picture by more than this share of its own size.",
+    )
+    nudge_decoder: Literal["taesd", "vae", "linear"] = Field(
+        default="taesd",
+        title="Nudge decoder",
+        description="What the encoders look at. taesd: a small preview decoder. vae: the picture itself; much memory. "
+        "linear: a rough one that needs no file.",
+    )
+    nudge_cutouts: int = Field(
+        default=0, title="Cutouts", ge=0, le=32, description="Random parts of the picture that CLIP looks at; 0: the whole."
+    )
+    weight_clip_subject: float = _weight("CLIP, subject", 1.0, "the subject, as CLIP sees them")
+    weight_clip_style: float = _weight("CLIP, style", 1.0, "the style, as CLIP sees them")
+    weight_dino_style: float = _weight("DINO, style", 1.0, "the style, as DINO sees them")
+    weight_dino_subject: float = _weight("DINO, subject", 0.0, "the subject, as DINO sees them")
+    weight_clip_text: float = _weight("CLIP, prompt", 0.0, "the prompt, as CLIP reads it")
+    clip: str = Field(
+        default="ViT-B-32:laion2b_s34b_b79k",
+        title="CLIP",
+        min_length=1,
+        description="A folder or a file in models/dynfuse, or open_clip's name and weights.",
+    )
+    dino: str = Field(
+        default="facebook/dino-vits16",
+        title="DINO",
+        min_length=1,
+        description="A folder in models/dynfuse or a name on the model hub; none leaves it out.",
+    )
+    references: Literal["auto", "given", "preview", "generated"] = Field(
+        default="auto",
+        title="References from",
+        description="given: the pictures below. preview: the LoRA's own on disk. "
+        "generated: by that LoRA alone, once. auto: the first that is there.",
+    )
+    subject_references: list[str] = Field(
+        default=[], title="Subject pictures", description="Pictures of the subject to be near to."
+    )
+    style_references: list[str] = Field(
+        default=[], title="Style pictures", description="Pictures of the style to be near to."
+    )
+    score: bool = Field(
+        default=False,
+        title="Score pictures",
+        description="Write into each infotext how near its picture came to the references; with nudges it is done anyway.",
+    )
+    keep_best: int = Field(
+        default=0,
+        title="Keep best",
+        ge=0,
+        le=100,
+        description="Of each batch keep this many, by the harmonic mean of subject and style; 0 keeps all.",
+    )
     trace: bool = Field(
         default=False, title="Show what was chosen", description="Record every choice and draw a heat map of it."
     )
@@ -85,9 +180,16 @@ class Options(BaseModel, extra="forbid"):
         except ValidationError as error:
             raise OptionsError("; ".join(_sentence(one) for one in error.errors())) from error
         options.make_strategy()
-        if options.start > options.stop:
-            raise OptionsError(f"start {options.start:g} is after stop {options.stop:g}: the step window is empty")
+        for start, stop in (("start", "stop"), ("nudge_start", "nudge_stop")):
+            first, last = getattr(options, start), getattr(options, stop)
+            if first > last:
+                raise OptionsError(f"{start} {first:g} is after {stop} {last:g}: the step window is empty")
         return options
+
+    @property
+    def compares(self) -> bool:
+        """Whether pictures are compared with references: to be nudged, to be scored, or to keep the best."""
+        return self.nudge or self.score or self.keep_best > 0
 
     def make_strategy(self) -> Strategy:
         """The fusion rule that these options describe. Raises OptionsError that lists what there is."""
@@ -110,18 +212,33 @@ class Options(BaseModel, extra="forbid"):
         ]
 
     def infotext(self) -> dict[str, str]:
-        """Infotext keys and values: the version, the rule, and whatever is not at its default; nothing when off."""
+        """Infotext keys and values: the version, the rule, and whatever is not at its default; nothing when off.
+
+        What guidance is to do is written where it does something. Reference pictures are written as their number and
+        the beginning of each one's sha256.
+        """
         if not self.enabled:
             return {}
         defaults = Options()
         written = {INFOTEXT_KEY: __version__}
         for option in FIELDS:
             value = getattr(self, option.name)
-            if option.name in _NOT_IN_INFOTEXT:
+            if option.name in NOT_IN_INFOTEXT or not self._means_something(option.name):
                 continue
             if option.name == "strategy" or value != getattr(defaults, option.name):
-                written[option.key] = json.dumps(value, sort_keys=True) if isinstance(value, dict) else str(value)
+                written[option.key] = _written(value)
         return written
+
+    def _means_something(self, name: str) -> bool:
+        if name.startswith("nudge_"):
+            return self.nudge
+        return self.compares or name not in _COMPARED_WITH
+
+
+def _written(value: Any) -> str:
+    if isinstance(value, list):
+        return " ".join([f"{len(value)} picture{'s' if len(value) > 1 else ''}", *(fingerprint(one) for one in value)])
+    return json.dumps(value, sort_keys=True) if isinstance(value, dict) else str(value)
 
 
 @dataclass(frozen=True)
@@ -149,26 +266,34 @@ class Option:
             return "on, off"
         if self.minimum is not None and self.maximum is not None:
             return f"{self.minimum:g} to {self.maximum:g}"
-        return "see the rules"
+        return {dict: "see the rules", list: "a list of paths, base64 texts or data URLs"}.get(
+            type(self.default), "a name, a folder or a file"
+        )
 
 
 def _read_fields() -> tuple[Option, ...]:
     fields: Any = getattr(Options, "model_fields", None) or Options.__fields__
-    return tuple(_option(name, getattr(field, "field_info", field)) for name, field in fields.items())
+    kinds = inspect.get_annotations(Options, eval_str=True)
+    return tuple(_option(name, getattr(field, "field_info", field), kinds[name]) for name, field in fields.items())
 
 
-def _option(name: str, info: Any) -> Option:
+def _option(name: str, info: Any, kind: Any) -> Option:
     def limit(which: str) -> float | None:
         # pydantic 1 keeps limits on the field, pydantic 2 in its metadata.
         holders = [info, *getattr(info, "metadata", ())]
         return next((value for holder in holders if (value := getattr(holder, which, None)) is not None), None)
 
-    default = {} if name == "parameters" else info.default
-    choices = tuple(strategies()) if name == "strategy" else ()
-    return Option(name, info.title, default, limit("ge"), limit("le"), choices, info.description)
+    choices = tuple(strategies()) if name == "strategy" else get_args(kind) if get_origin(kind) is Literal else ()
+    return Option(name, info.title, info.default, limit("ge"), limit("le"), choices, info.description)
 
 
 FIELDS: tuple[Option, ...] = _read_fields()
+# Options of guidance that say what pictures are compared with, and how.
+_COMPARED_WITH = tuple(
+    option.name
+    for option in FIELDS
+    if option.name.startswith("weight_") or option.name in ("clip", "dino", "references") or option.default == []
+)
 
 
 def _shared_names() -> tuple[str, ...]:
@@ -183,6 +308,9 @@ def _applying(name: str) -> list[str]:
 
 def _would_change(option: Option, value: Any) -> str:
     """What to say of a value that pydantic takes for another: 1 cuts 64.5 to a whole 64, both take true for 1."""
+    if isinstance(option.default, list) and isinstance(value, list):
+        other = [one for one in value if not (isinstance(one, str) and one.strip())]
+        return f"{option.name}: {other[0]!r} is no picture; allowed: {option.allowed}" if other else ""
     if option.minimum is None:
         return ""
     whole = isinstance(option.default, int)
@@ -207,7 +335,7 @@ def options_table() -> str:
     rows = ["| Option | In the panel | Default | Allowed | What it does |", "|---|---|---|---|---|"]
     for option in FIELDS:
         default = {True: "on", False: "off"}[option.default] if isinstance(option.default, bool) else option.default
-        shown = "none" if default == {} else f"{default:g}" if isinstance(default, float) else default
+        shown = "none" if default in ({}, []) else f"{default:g}" if isinstance(default, float) else default
         rows.append(f"| `{option.name}` | {option.label} | {shown} | {option.allowed} | {option.help} |")
     return "\n".join(rows)
 

@@ -19,7 +19,8 @@ BELOW: dict[str, set[str]] = {
     "trace": set(),
     "roles": {"core", "errors"},
     "errors": set(),
-    "options": {"core", "errors", "roles"},
+    "fingerprint": set(),
+    "options": {"core", "errors", "fingerprint", "roles"},
     "infotext": {"core", "errors", "options", "roles"},
     "hosts": {"core", "errors", "options", "roles", "infotext"},
     "session": {"core", "errors", "guidance", "hosts", "options", "roles", "trace"},
@@ -31,6 +32,7 @@ PACKAGES: dict[str, set[str]] = {
     "trace": {"torch", "numpy", "matplotlib", "PIL"},
     "roles": set(),
     "errors": set(),
+    "fingerprint": set(),
     "options": {"pydantic"},
     "infotext": set(),
 }

@@ -15,8 +15,6 @@ from lib_dynfuse.errors import DynFuseError
 from lib_dynfuse.generate import one_clear_line
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from lib_dynfuse.guidance.encoders import ClipEncoder, DinoEncoder
 
 _NONE = "none"
@@ -67,11 +65,16 @@ def _score(
         raise DynFuseError("nothing to compare with; give --subject, --style or --prompt")
     if json_file is not None and (json_file.is_dir() or not json_file.absolute().parent.is_dir()):
         raise DynFuseError(f"--json {json_file}: there is no such folder to write a file to")
-    for path in (*subject, *style, *images):
-        read_picture(path)
 
     from lib_dynfuse.guidance.objectives import Objective
+    from lib_dynfuse.guidance.references import PictureError, read_picture
     from lib_dynfuse.guidance.scores import harmonic_mean, harmonic_terms
+
+    try:
+        for path in (*subject, *style, *images):
+            read_picture(path)
+    except PictureError as error:
+        raise DynFuseError(str(error)) from error
 
     clip_encoder, dino_encoder = _encoders(clip, dino if subject or style else _NONE, models, device)
     try:
@@ -94,23 +97,6 @@ def _score(
         "harmonic_mean_of": harmonic_terms(rows[0]),
         "pictures": rows,
     }
-
-
-def read_picture(path: Path) -> Tensor:
-    """[1, 3, H, W] RGB in 0..1. Raises DynFuseError where there is no picture."""
-    import numpy as np
-    import torch
-    from PIL import Image, ImageOps
-
-    if not path.is_file():
-        raise DynFuseError(f"{path}: {'is a folder, not a picture' if path.is_dir() else 'there is no such file'}")
-    try:
-        with Image.open(path) as image:
-            pixels = np.array(ImageOps.exif_transpose(image).convert("RGB"), dtype=np.float32)
-    # A broken file raises whatever its format's reader stumbles over.
-    except Exception as error:
-        raise DynFuseError(f"{path}: is not a picture, or not a whole one") from error
-    return torch.from_numpy(pixels).permute(2, 0, 1)[None] / 255
 
 
 def _encoders(clip: str, dino: str, models: Path, device: str) -> tuple[ClipEncoder | None, DinoEncoder | None]:

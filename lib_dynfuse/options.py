@@ -122,13 +122,17 @@ class Options(BaseModel, extra="forbid"):
         "linear: a rough one that needs no file.",
     )
     nudge_cutouts: int = Field(
-        default=0, title="Cutouts", ge=0, le=32, description="Random parts of the picture that CLIP looks at; 0: the whole."
+        default=0,
+        title="Cutouts",
+        ge=0,
+        le=32,
+        description="Random parts of the picture that CLIP looks at; 0: the whole.",
     )
-    weight_clip_subject: float = _weight("CLIP, subject", 1.0, "the subject, as CLIP sees them")
-    weight_clip_style: float = _weight("CLIP, style", 1.0, "the style, as CLIP sees them")
-    weight_dino_style: float = _weight("DINO, style", 1.0, "the style, as DINO sees them")
-    weight_dino_subject: float = _weight("DINO, subject", 0.0, "the subject, as DINO sees them")
-    weight_clip_text: float = _weight("CLIP, prompt", 0.0, "the prompt, as CLIP reads it")
+    weight_clip_subject: float = _weight("Weight of CLIP, subject", 1.0, "the subject, as CLIP sees it")
+    weight_clip_style: float = _weight("Weight of CLIP, style", 1.0, "the style, as CLIP sees it")
+    weight_dino_style: float = _weight("Weight of DINO, style", 1.0, "the style, as DINO sees it")
+    weight_dino_subject: float = _weight("Weight of DINO, subject", 0.0, "the subject, as DINO sees it")
+    weight_clip_text: float = _weight("Weight of CLIP, prompt", 0.0, "the prompt, as CLIP reads it")
     clip: str = Field(
         default="ViT-B-32:laion2b_s34b_b79k",
         title="CLIP",
@@ -156,7 +160,7 @@ class Options(BaseModel, extra="forbid"):
     score: bool = Field(
         default=False,
         title="Score pictures",
-        description="Write into each infotext how near its picture came to the references; with nudges it is done anyway.",
+        description="Write into each infotext how near its picture came to the references; nudged ones have it anyway.",
     )
     keep_best: int = Field(
         default=0,
@@ -266,8 +270,10 @@ class Option:
             return "on, off"
         if self.minimum is not None and self.maximum is not None:
             return f"{self.minimum:g} to {self.maximum:g}"
-        return {dict: "see the rules", list: "a list of paths, base64 texts or data URLs"}.get(
-            type(self.default), "a name, a folder or a file"
+        if isinstance(self.default, dict):
+            return "see the rules"
+        return (
+            "a list of paths, base64 or data URLs" if isinstance(self.default, list) else "a name, a folder or a file"
         )
 
 

@@ -1,4 +1,4 @@
-"""One generation in a WebUI: options, host, fusion and trace. Everything that it holds, it gives back."""
+"""One generation in a WebUI: options, host, fusion, guidance and trace. Everything that it holds, it gives back."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 from lib_dynfuse.core.fusion import Fusion
 from lib_dynfuse.core.types import Role, Row
 from lib_dynfuse.errors import DynFuseError
+from lib_dynfuse.guidance.guide import Guide
 from lib_dynfuse.hosts.base import Host, Layers, Place, Tag, Unsupported
 from lib_dynfuse.options import Options
 from lib_dynfuse.trace import Record, Trace
@@ -34,7 +35,8 @@ class Session:
     """One generation; `say` gets what a person should know, one line at a time and each line once.
 
     The calls, in order, once per batch of pictures: `activate` (again for a hires pass, with its own LoRAs), `attach`
-    (before every sampling), `step` and the UNet's calls, `finish_batch`. `close` at any time, any number of times.
+    (before every sampling), `step`, the UNet's calls, `predicted` and `after_cfg`, `finish_batch`. `close` at any time,
+    any number of times.
     """
 
     def __init__(self, host: Host, options: Options, say: Callable[[str], None]) -> None:
@@ -49,6 +51,8 @@ class Session:
         self._first_step = 0  # of this sampling, in the trace: a hires pass counts on
         self._last_step = -1
         self._at_last_step = False
+        self._guide: Guide | None = None
+        self._to_nudge: int | None = None  # the step whose prediction comes next
         self._attached = ExitStack()
 
     def tell(self, line: str) -> None:
@@ -61,7 +65,7 @@ class Session:
         under_way = self._fusion is not None and not self._at_last_step
         self._detach()
         self._active = False
-        _open[:] = [*(one for one in _open if one is not self), self]
+        self._list()
         try:
             tags = self._host.read_tags(networks)
             if self._worth_taking(tags):
@@ -93,18 +97,31 @@ class Session:
                 self.tell(f"no LoRA has role={other.value}: nothing to choose from, {listed} is applied as it is")
         return True
 
-    def attach(self, steps: int) -> None:
-        """Sampling is about to begin: fuse in the UNet. Never raises; without fusion the host's own merge is used."""
+    def _list(self) -> None:
+        _open[:] = [*(one for one in _open if one is not self), self]
+
+    def attach(self, steps: int, make_guide: Callable[[], Guide | None] = lambda: None) -> None:
+        """Sampling is about to begin: fuse in the UNet, and nudge by what `make_guide` makes for these pictures.
+
+        Never raises; without fusion the host's own merge is used.
+        """
         self._detach()
-        if not self._active:
-            return
+        self._list()
         self._first_step = self._last_step + 1
         self._at_last_step = False
+        if self._guide is None:
+            self._guide = make_guide()
+        if not self._active and self._guide is None:
+            return
         if self._trace is None:
             self._trace = Trace(passes=max(1, steps), tokens=self.options.strategy == "kl-token")
         self._install()
 
     def _install(self) -> None:
+        if self._guide is not None:
+            self._begin_guiding(self._guide)
+        if not self._active:
+            return
         try:
             layers = self._host.layers()
             self._tell_what_is_apart(layers)
@@ -118,6 +135,17 @@ class Session:
             _log.exception("fusion could not begin")
             self._give_up(f"fusion could not begin ({type(error).__name__}: {error})")
 
+    def _begin_guiding(self, guide: Guide) -> None:
+        try:
+            self._attached.callback(self._host.guiding.begin(guide.through_unet))
+        except Exception as error:
+            _log.exception("nudging could not begin")
+            self._stop_nudging(error)
+
+    def _stop_nudging(self, error: Exception) -> None:
+        self._guide = self._to_nudge = None
+        self.tell(f"not nudged any more: {type(error).__name__}: {error}")
+
     def _tell_what_is_apart(self, layers: Layers) -> None:
         roles = {role for _, deltas in layers.values() for role in deltas}
         if len(roles) == 2 and not any(len(deltas) == 2 for _, deltas in layers.values()):
@@ -129,19 +157,51 @@ class Session:
         self._active = False
         self._host.give_back()
         self.tell(f"not fused: {reason}")
+        if self._guide is not None:
+            self._begin_guiding(self._guide)
 
     def step(self, params: Any) -> None:
         """The host is about to call the UNet for one denoising step."""
-        if self._fusion is None:
+        self._to_nudge = None
+        if self._fusion is None and self._guide is None:
             return
         place: Place = self._host.place(params)
         step = self._first_step + place.step
         self._last_step = max(self._last_step, step)
         self._at_last_step = place.step >= place.total - 1
-        self._fusion.step = step
-        self._fusion.progress = min(1.0, place.step / (place.total - 1)) if place.total > 1 else 0.0
+        if self._fusion is not None:
+            self._fusion.step = step
+            self._fusion.progress = min(1.0, place.step / (place.total - 1)) if place.total > 1 else 0.0
         if self._trace is not None:
             self._trace.sigma = place.sigma
+        if self._guide is not None and self._guide.wants(step, place.step, place.total):
+            try:
+                self._host.guiding.expect(params, self._guide.through_unet)
+                self._to_nudge = step
+            except Exception as error:
+                _log.exception("a nudge could not be prepared")
+                self._stop_nudging(error)
+
+    @property
+    def nudges(self) -> bool:
+        """Whether the prediction that the host is working on is to be nudged."""
+        return self._to_nudge is not None
+
+    def predicted(self, params: Any) -> None:
+        """The UNet's results are there, cond and uncond still apart; only some hosts tell."""
+        if self._to_nudge is not None:
+            self._host.guiding.predicted(params)
+
+    def after_cfg(self, params: Any) -> None:
+        """They are one denoised prediction, which the sampler gets next. Never raises."""
+        step, self._to_nudge = self._to_nudge, None
+        if step is None or self._guide is None:
+            return
+        try:
+            self._host.guiding.nudge(params, self._guide, step)
+        except Exception as error:
+            _log.exception("a nudge failed")
+            self._stop_nudging(error)
 
     def _before_unet(self, rows: Sequence[Row] | None) -> None:
         if self._fusion is not None:
@@ -149,14 +209,19 @@ class Session:
             self._fusion.rows = rows or ()
 
     def finish_batch(self) -> Record | None:
-        """The pictures of a batch are sampled: give everything back. Returns what was chosen, None without fusion."""
+        """The pictures of a batch are sampled: give everything back. Returns what was chosen and how the nudges went,
+        None where there is nothing of either."""
         global _last
-        trace = self._trace
+        trace, guide = self._trace, self._guide
         self.close()
         if trace is None:
             return None
         record = trace.read()
-        if not record.layers:
+        if guide is not None:
+            record.nudges = guide.curve()
+            for reason in guide.reasons():
+                self.tell(reason)
+        if not record.layers and not record.nudges:
             return None
         _last = record
         return record
@@ -165,7 +230,7 @@ class Session:
         """Everything is as it was before; safe to call again, and a session may be used again after it."""
         self._detach()
         self._active = False
-        self._trace = None
+        self._trace = self._guide = self._to_nudge = None
         self._first_step, self._last_step = 0, -1
         self._host.give_back()
         _open[:] = [one for one in _open if one is not self]

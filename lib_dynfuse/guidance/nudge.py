@@ -2,7 +2,8 @@
 
 `x0` is one step along the gradient (after MPGD, FreeDoM and RB-Modulation), `adam` a few steps of Adam held near the
 prediction (after RB-Modulation). Neither goes back through the UNet: samplers derive everything else from the denoised
-prediction, so eps, v and flow models and every sampler share this path.
+prediction, so eps, v and flow models and every sampler share this path. `xt` is the paper's own (arXiv 2602.15539): the
+gradient by the UNet's input, which needs the activations of the UNet.
 """
 
 from __future__ import annotations
@@ -18,9 +19,13 @@ from torch import Tensor
 from lib_dynfuse.guidance.decoders import Decoder
 from lib_dynfuse.guidance.precision import without_autocast
 
-MODES = ("x0", "adam")
+MODES = ("x0", "adam", "xt")
 # METHOD.md, section 3: s = c · rms(D) where classifier-free guidance says nothing of the scale.
 WITHOUT_CFG = 0.25
+# The paper's step size m is 10, which the default strength of 0.2 is to mean.
+PAPER_STEP = 50.0
+# Of 1 − σ_next / σ, by which the paper's update is divided: where steps are many it comes near nothing.
+_SMALLEST_STEP = 0.05
 _EPSILON = 1e-8
 # An objective's gradient by a pixel is about 1e-6, where half precision has few digits left. A power of two is exact.
 _GRADIENT_SCALE = 2.0**12
@@ -61,7 +66,8 @@ class Nudge:
     """How far and when: `strength` η of METHOD.md; nudge every `every`-th step between `start` and `stop`, 0 the first
     step and 1 the last; `clamp`: the most it may move, as a share of the prediction's own size.
 
-    Only for `adam`: `steps` of it, each up to `strength`/`steps` of the scale, held by `pull` · ‖D − D0‖² / ‖D0‖².
+    For `xt` the paper's m is 50 · `strength`. Only for `adam`: `steps` of it, each up to `strength`/`steps` of the
+    scale, held by `pull` · ‖D − D0‖² / ‖D0‖².
     Raises ValueError for a value out of range.
     """
 
@@ -98,13 +104,38 @@ class Nudge:
         there is no guidance scale. Works inside inference mode and autocast, and reads nothing from the device. An item
         whose R or gradient is no number stays as it is; so do all where memory does not suffice, and nothing is raised.
         """
+        if self.mode == "xt":
+            raise ValueError("the mode xt needs the UNet's input: through_unet")
+        return self._guarded(denoised, lambda: self._nudged(denoised, objective, decode, spread))
+
+    def through_unet(
+        self, denoised: Tensor, x: Tensor, objective: Objective, decode: Decoder, remaining: float
+    ) -> Nudged:
+        """The paper's update, for the mode `xt`: x_next is to be moved by −m · grad_x R.
+
+        `x` [B, C, h, w]: what the UNet was fed, a leaf of the graph that `denoised` still has; `remaining`:
+        1 − σ_next / σ, the share of the denoised prediction in what a sampler makes next, by which the move is divided.
+        The result has no graph; `clamp` and the rest are as ever.
+        """
+        given = denoised.detach()
+
+        def move() -> Nudged:
+            d = denoised.to(torch.promote_types(denoised.dtype, torch.float32))
+            r = objective(decode(d))
+            g = _by(r, x).to(d.dtype)
+            change = -PAPER_STEP * self.strength * g / max(remaining, _SMALLEST_STEP)
+            return self._clamped(given, d.detach(), change, r.detach())
+
+        return self._guarded(given, move)
+
+    def _guarded(self, denoised: Tensor, nudge: Callable[[], Nudged]) -> Nudged:
         try:
             with _own_gradients(denoised.device):
-                return self._nudged(denoised, objective, decode, spread)
+                return nudge()
         except _NoGradient:
             reason = "no gradient comes through the decoder or the encoders"
         except (MemoryError, RuntimeError) as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             reason = "not enough memory for it"
         # Out of the handler, whose traceback would keep the activations that did not fit.
@@ -114,11 +145,14 @@ class Nudge:
     def _nudged(self, denoised: Tensor, objective: Objective, decode: Decoder, spread: Tensor | None) -> Nudged:
         # A copy, since autograd refuses a tensor that was made in inference mode.
         d0 = denoised.detach().to(torch.promote_types(denoised.dtype, torch.float32), copy=True)
-        size = _rms(d0)
-        scale = WITHOUT_CFG * size if spread is None else _per_item(spread.detach().to(d0, copy=True), d0)
+        scale = WITHOUT_CFG * _rms(d0) if spread is None else _per_item(spread.detach().to(d0, copy=True), d0)
         move = self._along_gradient if self.mode == "x0" else self._adam
         change, r = move(d0, scale, lambda d: objective(decode(d)))
-        change = change * (self.clamp * size / _rms(change).clamp_min(_TINY)).clamp(max=1.0)
+        return self._clamped(denoised, d0, change, r)
+
+    def _clamped(self, denoised: Tensor, d0: Tensor, change: Tensor, r: Tensor) -> Nudged:
+        """`denoised` moved by `change`, cut to what may be; as it was where that is no number."""
+        change = change * (self.clamp * _rms(d0) / _rms(change).clamp_min(_TINY)).clamp(max=1.0)
         moved = (d0 + change).to(denoised.dtype)
         failed = ~(moved.isfinite().flatten(1).all(1) & r.isfinite())
         return Nudged(torch.where(_per_item(failed, d0), denoised, moved), r, failed)
@@ -153,12 +187,18 @@ def _gradient(d: Tensor, objective: Objective) -> tuple[Tensor, Tensor]:
     """(grad R, R) at `d`; items are independent, so the gradient of the sum is each item's own."""
     d = d.detach().requires_grad_()
     r = objective(d)
+    return _by(r, d), r.detach()
+
+
+def _by(r: Tensor, x: Tensor) -> Tensor:
+    """The gradient of every item's `r` by its own `x`."""
     if not r.requires_grad:
         raise _NoGradient
-    (g,) = torch.autograd.grad(r.sum() * _GRADIENT_SCALE, d, allow_unused=True)
+    (g,) = torch.autograd.grad(r.sum() * _GRADIENT_SCALE, x, allow_unused=True)
     if g is None:
         raise _NoGradient
-    return g / _GRADIENT_SCALE, r.detach()
+    found: Tensor = g / _GRADIENT_SCALE
+    return found
 
 
 @contextmanager
@@ -178,7 +218,8 @@ def _per_item(values: Tensor, like: Tensor) -> Tensor:
     return values.view(-1, *(1,) * (like.dim() - 1))
 
 
-def _is_out_of_memory(error: Exception) -> bool:
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an allocator raised this, of the CPU or of any device."""
     if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)):
         return True
     # The allocators of the CPU and of other devices raise a plain RuntimeError.

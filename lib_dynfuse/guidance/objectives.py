@@ -5,6 +5,7 @@ The first three terms are those of arXiv 2602.15539; the last two are optional.
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -19,6 +20,16 @@ TERMS = ("clip_subject", "clip_style", "dino_style", "dino_subject", "clip_text"
 _SMALLEST_CUTOUT = 0.5
 
 Pictures = Tensor | Sequence[Tensor]
+
+
+@dataclass(frozen=True)
+class Each:
+    """References that differ from picture to picture: those of the first, of the second, and so on."""
+
+    of: Sequence[Pictures]
+
+    def __len__(self) -> int:
+        return len(self.of)
 
 
 class ImageEncoder(Protocol):
@@ -48,7 +59,8 @@ class Objective:
     """R = -Σ w·cos per picture: lower is nearer to the references.
 
     `subject` and `style`: reference pictures [N, 3, H, W] in 0..1, or several such tensors where sizes differ; their
-    embeddings are averaged. `text`: one prompt for all pictures or one for each, or their embeddings [1 or B, D].
+    embeddings are averaged. `Each`, where every picture made has references of its own. `text`: one prompt for all
+    pictures or one for each, or their embeddings [1 or B, D].
     A term whose encoder or reference is missing is left out; ValueError if that leaves none.
 
     `cutouts`: CLIP's terms become the mean over so many random square crops. Their sides are spread evenly from half of
@@ -60,8 +72,8 @@ class Objective:
         self,
         clip: TextEncoder | None = None,
         dino: ImageEncoder | None = None,
-        subject: Pictures | None = None,
-        style: Pictures | None = None,
+        subject: Pictures | Each | None = None,
+        style: Pictures | Each | None = None,
         text: Tensor | Sequence[str] | None = None,
         weights: Weights | None = None,
         cutouts: int = 0,
@@ -85,6 +97,15 @@ class Objective:
     def terms(self) -> tuple[str, ...]:
         """The terms that count: those with an encoder, a reference and a weight."""
         return tuple(term for term in TERMS if term in self._targets and getattr(self._weights, term))
+
+    def part(self, indices: Sequence[int]) -> Objective:
+        """The same for some of the pictures, in this order; what all pictures share stays shared."""
+        found = copy.copy(self)
+        found._targets = {
+            term: target if len(target) == 1 else torch.cat([target[index : index + 1] for index in indices])
+            for term, target in self._targets.items()
+        }
+        return found
 
     def __call__(self, images: Tensor, seeds: Sequence[int] | None = None, step: int = 0) -> Tensor:
         """R of each picture, [B]. `images`: [B, 3, H, W] in 0..1; `seeds`: each picture's, needed for cutouts.
@@ -158,8 +179,10 @@ def _apart_from_the_sampler() -> ExitStack:
     return stack
 
 
-def _embedded(encoder: ImageEncoder, pictures: Pictures) -> Tensor:
-    """The mean direction of all the pictures, [1, D]."""
+def _embedded(encoder: ImageEncoder, pictures: Pictures | Each) -> Tensor:
+    """The mean direction of all the pictures, [1, D]; of each one's, [B, D]."""
+    if isinstance(pictures, Each):
+        return torch.cat([_embedded(encoder, one) for one in pictures.of])
     with _apart_from_the_sampler():
         batches = [pictures] if isinstance(pictures, Tensor) else pictures
         mean = torch.cat([encoder.image(batch) for batch in batches]).mean(0, keepdim=True)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lib_dynfuse.core.delta import Delta, Rows, Sum
 from lib_dynfuse.core.types import Role, Row
+from lib_dynfuse.hosts.a1111_guiding import Automatic1111Guiding
 from lib_dynfuse.hosts.a1111_networks import NORMS, delta_of
 from lib_dynfuse.hosts.base import Before, Layers, Place, Tag
 from lib_dynfuse.hosts.reading import place_of, read_tags, staying
@@ -37,6 +38,7 @@ class Automatic1111:
     """The host as one generation sees it; `networks` is the module of its Lora extension."""
 
     name = "AUTOMATIC1111"
+    no_xt = ""
     needs = (
         "networks:loaded_networks",
         "networks:network_apply_weights",
@@ -44,6 +46,7 @@ class Automatic1111:
     )
 
     def __init__(self, networks: Any) -> None:
+        self.guiding = Automatic1111Guiding()
         self._networks = networks
         self._taken: list[_Taken] = []
         # Of a denoiser call, those that the UNet has not seen yet: it may be fed in several calls.

@@ -10,6 +10,7 @@ from torch import nn
 
 from lib_dynfuse.core.delta import Delta
 from lib_dynfuse.core.types import Role, Row
+from lib_dynfuse.hosts.guiding import Guiding
 
 Layers = dict[str, tuple[nn.Module, dict[Role, Delta]]]
 
@@ -53,6 +54,9 @@ class Host(Protocol):
     name: str
     needs: Sequence[str]
     """What it uses of the WebUI's own code, as `module:attribute.attribute`."""
+    guiding: Guiding
+    no_xt: str
+    """Why gradients cannot go through its UNet; empty where they can."""
 
     def read_tags(self, networks: Mapping[str, Sequence[Any]]) -> list[Tag]:
         """The LoRAs of the prompt. Raises DynFuseError for a role that cannot be read."""

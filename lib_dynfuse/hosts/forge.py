@@ -18,6 +18,7 @@ from lib_dynfuse.core.delta import Delta, Sum
 from lib_dynfuse.core.types import Role, Row
 from lib_dynfuse.errors import DynFuseError
 from lib_dynfuse.hosts.base import Before, Layers, Place, Tag
+from lib_dynfuse.hosts.forge_guiding import NO_XT, ForgeGuiding
 from lib_dynfuse.hosts.forge_networks import Patch, deltas_of
 from lib_dynfuse.hosts.fused import apart
 from lib_dynfuse.hosts.reading import place_of, read_tags, staying
@@ -60,6 +61,7 @@ class Forge:
     """The host as one generation sees it; `networks` is the module of its Lora extension."""
 
     name = "Forge"
+    no_xt = NO_XT
     needs: tuple[str, ...] = (
         "networks:loaded_networks",
         "backend.patcher.lora:LoraLoader.refresh",
@@ -69,6 +71,7 @@ class Forge:
     )
 
     def __init__(self, networks: Any) -> None:
+        self.guiding = ForgeGuiding()
         self._networks = networks
         self._taken: list[Taken] = []
         self._mark = uuid.uuid4().hex

@@ -24,6 +24,7 @@ Array = npt.NDArray[np.float32]
 DPI = 100
 _TEXT = 9  # points; 12 pixels at DPI
 _GREY = "#555555"
+_CURVE = 0.9  # inches high
 # Orange to purple can be told apart in every common colour blindness; its middle is neutral.
 _COLOURS = "PuOr"
 _NOTHING = "#c8c8c8"
@@ -35,29 +36,64 @@ def heat_map(record: Record, image: int = 0) -> Figure:
     """Steps across, blocks down, each cell the style's share of what was applied there; right, the share per block.
 
     Several forward passes of one step, a block's layers, and the picture's cond and uncond rows are averaged; cells
-    where nothing was recorded are grey. Raises ValueError if the record has no such picture.
+    where nothing was recorded are grey. Of a picture that was nudged a curve below shows how R fell. Raises ValueError
+    if the record has no such picture.
     """
     blocks, steps, cells = style_by_block(record, image)
+    nudged, _ = record.curve(image)
     width = min(max(3.4, 0.2 * len(steps)), 9.0)
-    height = max(1.3, 0.27 * len(blocks))
-    figure = _figure(width + 1.6, height + 1.65)
-    axes = _axes(figure, left=0.9, top=0.65, width=width, height=height)
-    axes.imshow(np.ma.masked_invalid(cells), cmap=_colours(), vmin=0, vmax=1, aspect="auto", interpolation="nearest")
-    axes.set_yticks(range(len(blocks)), blocks)
+    height = max(1.3, 0.27 * len(blocks)) if blocks else 0.0
+    figure = _figure(width + 1.6, height + 1.65 + (_CURVE + 0.35 if nudged else 0.0))
+    if blocks:
+        axes = _axes(figure, left=0.9, top=0.65, width=width, height=height)
+        axes.imshow(
+            np.ma.masked_invalid(cells), cmap=_colours(), vmin=0, vmax=1, aspect="auto", interpolation="nearest"
+        )
+        axes.set_yticks(range(len(blocks)), blocks)
+        _count_steps(axes, steps)
+        _quiet(axes)
+        _beside(axes, -0.5, "style", bottom=True)
+        for row, cell in enumerate(cells):
+            known = cell[~np.isnan(cell)]
+            if known.size:
+                _beside(axes, row, f"{known.mean():.0%}")
+        _colour_bar(figure, left=0.9, width=width)
+    if nudged:
+        _draw_curve(_axes(figure, left=0.9, top=0.65 + height + 0.35, width=width, height=_CURVE), record, image, steps)
+    shares = record.shares().get(image)
+    title = f"{shares['subject']:.0%} subject, {shares['style']:.0%} style" if shares else "nothing was chosen"
+    title = f"{title}; nudged" if nudged else title
+    figure.text(0.9 / figure.get_figwidth(), 1 - 0.3 / figure.get_figheight(), title, fontsize=_TEXT + 2)
+    return figure
+
+
+def _count_steps(axes: Axes, steps: list[int]) -> None:
     every = max(1, -(-len(steps) // 8))
     axes.set_xticks(range(0, len(steps), every), [str(step + 1) for step in steps[::every]])
     axes.set_xlabel("step", fontsize=_TEXT)
+
+
+def _draw_curve(axes: Axes, record: Record, image: int, steps: list[int]) -> None:
+    """R before each nudge, on the heat map's own steps."""
+    nudged, values = record.curve(image)
+    axes.plot([steps.index(step) for step in nudged], values, color=_GREY, marker=".", linewidth=1.2)
+    axes.set_xlim(-0.5, len(steps) - 0.5)
+    _count_steps(axes, steps)
+    axes.set_yticks([])
+    axes.set_ylabel("R", fontsize=_TEXT, rotation=0, ha="right", va="center")
     _quiet(axes)
-    shares = record.shares().get(image)
-    title = f"{shares['subject']:.0%} subject, {shares['style']:.0%} style" if shares else "nothing was chosen"
-    figure.text(0.9 / figure.get_figwidth(), 1 - 0.3 / figure.get_figheight(), title, fontsize=_TEXT + 2)
-    _beside(axes, -0.5, "style", bottom=True)
-    for row, cell in enumerate(cells):
-        known = cell[~np.isnan(cell)]
-        if known.size:
-            _beside(axes, row, f"{known.mean():.0%}")
-    _colour_bar(figure, left=0.9, width=width)
-    return figure
+    axes.margins(y=0.2)
+    for place, side in ((0, "right"), (-1, "left")):
+        axes.annotate(
+            f"{values[place]:.3f}",
+            (steps.index(nudged[place]), values[place]),
+            xytext=(-6 if side == "right" else 6, 0),
+            textcoords="offset points",
+            ha=side,
+            va="center",
+            fontsize=_TEXT,
+            color=_GREY,
+        )
 
 
 def style_by_block(record: Record, image: int) -> tuple[list[str], list[int], Array]:
@@ -69,7 +105,7 @@ def style_by_block(record: Record, image: int) -> tuple[list[str], list[int], Ar
     blocks = [block_of(layer) for layer in record.layers]
     order = sorted(set(blocks))
     of_pass = np.array([one.step for one in record.passes])
-    steps = sorted(set(of_pass.tolist()))
+    steps = sorted({*of_pass.tolist(), *record.curve(image)[0]})
     cells = np.full((len(order), len(steps)), np.nan, np.float32)
     for row, block in enumerate(order):
         layers = [index for index, own in enumerate(blocks) if own == block]

@@ -48,17 +48,27 @@ class Record:
         mean) and the roles' divergences from the base; NaN where a pass had no such row, or the rule no divergence.
     tokens: layer -> float32 [images, tokens], the subject's share of each token, its mean over passes, cond and uncond;
         only of layers that were decided token by token, and only if the trace was asked for tokens.
+    nudges: step -> what a nudge makes smaller (R of arXiv 2602.15539) before that step's nudge, for each picture; NaN
+        where it is not known. Only of steps that were nudged.
     """
 
     layers: list[str]
     passes: list[Pass]
     values: Array
     tokens: dict[str, Array] = field(default_factory=dict)
+    nudges: dict[int, list[float]] = field(default_factory=dict)
 
     @property
     def images(self) -> list[int]:
         """The pictures that the record speaks of, ascending."""
-        return sorted({row.image for one in self.passes for row in one.rows})
+        nudged = {image for row in self.nudges.values() for image in range(len(row))}
+        return sorted({row.image for one in self.passes for row in one.rows} | nudged)
+
+    def curve(self, image: int) -> tuple[list[int], list[float]]:
+        """The steps at which a picture was nudged, and R there; of an item that could not be nudged nothing."""
+        known = [(step, row[image]) for step, row in sorted(self.nudges.items()) if image < len(row)]
+        known = [(step, value) for step, value in known if math.isfinite(value)]
+        return [step for step, _ in known], [value for _, value in known]
 
     def style_share(self, image: int) -> Array:
         """[passes, layers]: the style's part of what was applied to a picture, style / (subject + style).
@@ -108,6 +118,7 @@ class Record:
                 for p, one in enumerate(self.passes)
             ],
             "tokens": {layer: _nested(values) for layer, values in self.tokens.items()},
+            "nudges": [{"step": step, "r": [_known(value) for value in row]} for step, row in self.nudges.items()],
         }
         return json.dumps(content, separators=(",", ":"), allow_nan=False)
 
@@ -139,7 +150,11 @@ class Record:
             for k, name in enumerate(FIELDS):
                 values[p, :, : len(passes[p].rows), k] = np.array(one[name], np.float32).reshape(len(layers), -1)
         tokens = {layer: np.array(rows, np.float32) for layer, rows in content["tokens"].items()}
-        return cls(layers, passes, values, tokens)
+        nudges = {
+            int(one["step"]): [math.nan if value is None else float(value) for value in one["r"]]
+            for one in content.get("nudges", ())  # older traces have none
+        }
+        return cls(layers, passes, values, tokens, nudges)
 
     def to_csv(self, path: Path) -> None:
         """Write one line for each pass, layer and batch item for which something was recorded."""
@@ -163,7 +178,11 @@ def _rounded(value: Any) -> float:
 
 
 def _nested(values: Array) -> list[list[float | None]]:
-    return [[_rounded(value) if math.isfinite(value) else None for value in row] for row in values.tolist()]
+    return [[_known(value) for value in row] for row in values.tolist()]
+
+
+def _known(value: float) -> float | None:
+    return _rounded(value) if math.isfinite(value) else None
 
 
 def _write(path: Path, text: str) -> None:

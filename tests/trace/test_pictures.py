@@ -174,3 +174,20 @@ def test_pictures_need_no_pyplot(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
     again = importlib.reload(pictures)
     assert again.heat_map(record(["a"], np.zeros((1, 1), np.float32)))
+
+
+def test_a_curve_shows_how_r_fell_on_the_heat_map_s_own_steps() -> None:
+    guided = record(["down_blocks.0.a"], np.full((6, 1), 0.5, np.float32))
+    guided.nudges = {2: [-1.0], 3: [-1.25], 4: [-1.5]}
+    figure = heat_map(guided)
+    line = next(line for axes in figure.axes for line in axes.lines)
+    np.testing.assert_allclose(line.get_xydata(), [[2, -1.0], [3, -1.25], [4, -1.5]])
+    assert {"-1.000", "-1.500", "50% subject, 50% style; nudged"} <= set(texts(figure))
+    assert not [axes for axes in heat_map(record(["down_blocks.0.a"], np.ones((6, 1)))).axes if axes.lines]
+
+
+def test_a_picture_that_was_only_nudged_has_the_curve_alone() -> None:
+    only = Record([], [], np.zeros((0, 0, 0, 4), np.float32), {}, {5: [-1.0], 6: [-1.125]})
+    figure = heat_map(only)
+    assert len(figure.axes) == 1
+    assert "nothing was chosen; nudged" in texts(figure)

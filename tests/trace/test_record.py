@@ -132,3 +132,23 @@ def test_files_leave_nothing_half_written(tmp_path: Path) -> None:
     record().to_json(tmp_path / "trace.json")
     record().to_csv(tmp_path / "trace.csv")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["trace.csv", "trace.json"]
+
+
+def test_nudges_survive_the_file_and_a_picture_that_could_not_be_nudged_has_no_curve(tmp_path: Path) -> None:
+    nudged = record()
+    nudged.nudges = {4: [-1.25, NAN, -0.5], 2: [-1.0, NAN, -0.75]}
+    nudged.to_json(tmp_path / "trace.json")
+    found = Record.from_json(tmp_path / "trace.json")
+    assert found.curve(0) == ([2, 4], [-1.0, -1.25])
+    assert found.curve(1) == ([], [])
+    assert found.curve(2) == ([2, 4], [-0.75, -0.5])
+    assert found.images == [0, 1, 2]
+    assert found.shares() == nudged.shares()
+
+
+def test_a_trace_from_before_there_were_nudges_is_read(tmp_path: Path) -> None:
+    record().to_json(tmp_path / "trace.json")
+    content = json.loads((tmp_path / "trace.json").read_text())
+    del content["nudges"]
+    (tmp_path / "trace.json").write_text(json.dumps(content))
+    assert Record.from_json(tmp_path / "trace.json").nudges == {}

@@ -208,13 +208,14 @@ def _add_trace(files: Batch, record: Record, images: Sequence[Any]) -> None:
 
 def _assignments(texts: Sequence[str]) -> dict[str, Any]:
     """`--set name=value`, the value as a number or a switch where it is one."""
-    return dict(_assignment(text) for text in texts)
+    return dict(assignment(text, "--set") for text in texts)
 
 
-def _assignment(text: str) -> tuple[str, Any]:
+def assignment(text: str, where: str) -> tuple[str, Any]:
+    """`name=value`, the value as a number or a switch where it is one. Raises OptionsError that begins with `where`."""
     name, equals, value = (part.strip() for part in text.partition("="))
     if not name or not equals or not value:
-        raise OptionsError(f"--set {text}: write NAME=VALUE, as in --set softness=0.5")
+        raise OptionsError(f"{where} {text}: write NAME=VALUE, as in softness=0.5")
     if value.lower() in ("true", "on", "false", "off"):
         return name, value.lower() in ("true", "on")
     try:

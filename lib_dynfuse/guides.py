@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
 NONE = "none"  # written for an encoder that is to be left out
 # The encoders that were used last, by what they were loaded from: they serve the next generation too.
 _kept: dict[tuple[Any, ...], Any] = {}
+# What could not be loaded, when that was and why: without a network a hub makes everybody wait for most of a minute.
+_refused: dict[tuple[Any, ...], tuple[float, EncoderError]] = {}
+_SECONDS_REFUSED = 300
 
 
 def nudge_of(options: Options) -> Nudge:
@@ -107,7 +111,12 @@ def prepare(
     if options.nudge and not objective.terms:
         _say_nothing_left(options, tell)
     nudge = nudge_of(options) if options.nudge and objective.terms else None
-    return Guidance(nudge, objective) if nudge is not None or options.nudge or options.score else None
+    return Guidance(nudge, objective) if nudge is not None or _scores(options) else None
+
+
+def _scores(options: Options) -> bool:
+    """Whether pictures are to be scored even if they are not nudged."""
+    return options.score or options.keep_best > 0
 
 
 def _say_nothing_left(options: Options, tell: Callable[[str], None]) -> None:
@@ -131,7 +140,7 @@ def _encoders(
         where = getattr(options, name).strip()
         counts = any(getattr(weights, term) for term in TERMS if term.startswith(name))
         found[name] = None
-        if where.lower() == NONE or not (counts or options.score):
+        if where.lower() == NONE or not (counts or _scores(options)):
             continue
         try:
             found[name] = _kept_or((name, where, folder, dtype), device, partial(load, where, folder, device, dtype))
@@ -145,10 +154,24 @@ def _kept_or(key: tuple[Any, ...], device: torch.device | str, load: Callable[[]
     if key not in _kept:
         for old in [old for old in _kept if old[0] == key[0]]:
             del _kept[old]
-        with torch.inference_mode(False):
-            _kept[key] = load()
+        _kept[key] = _loaded(key, load)
     _kept[key].to(device)
     return _kept[key]
+
+
+def _loaded(key: tuple[Any, ...], load: Callable[[], Any]) -> Any:
+    """Raises EncoderError; for a while the same one again, unless the folder has changed."""
+    folder = key[2]
+    attempt = (*key, tuple(sorted(path.name for path in folder.iterdir())) if folder and folder.is_dir() else ())
+    when, error = _refused.get(attempt, (0.0, None))
+    if error is not None and time.monotonic() - when < _SECONDS_REFUSED:
+        raise error
+    try:
+        with torch.inference_mode(False):
+            return load()
+    except EncoderError as error:
+        _refused[attempt] = time.monotonic(), error
+        raise
 
 
 def rest() -> None:

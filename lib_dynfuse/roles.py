@@ -79,6 +79,11 @@ def parse_prompt(prompt: str) -> Prompt:
     return Prompt(_TAG.sub("", prompt), tuple(tags), tuple(notices))
 
 
+def strip_tags(prompt: str) -> str:
+    """A prompt without its LoRA tags, readable or not."""
+    return _TAG.sub("", prompt).strip()
+
+
 def lora_tags(prompt: str) -> list[str]:
     """The LoRA tags of a prompt as they are written, readable or not."""
     return [match.group(0) for match in _TAG.finditer(prompt)]

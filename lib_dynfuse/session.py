@@ -41,7 +41,7 @@ class Session:
 
     def __init__(self, host: Host, options: Options, say: Callable[[str], None]) -> None:
         self.options = options
-        self._host = host
+        self.host = host
         self._say = say
         self._said: set[str] = set()
         self._strategy = options.make_strategy()
@@ -67,9 +67,9 @@ class Session:
         self._active = False
         self._list()
         try:
-            tags = self._host.read_tags(networks)
+            tags = self.host.read_tags(networks)
             if self._worth_taking(tags):
-                for line in self._host.take(tags):
+                for line in self.host.take(tags):
                     self.tell(line)
                 self._active = True
         except (DynFuseError, Unsupported) as error:
@@ -78,7 +78,7 @@ class Session:
             _log.exception("the LoRAs could not be taken over")
             self._give_up(f"the LoRAs could not be taken over ({type(error).__name__}: {error})")
         if not self._active:
-            self._host.give_back()
+            self.host.give_back()
         elif under_way:
             # A refiner takes over in the middle of a sampling, which no call announces; otherwise `attach` comes again.
             self._install()
@@ -123,11 +123,11 @@ class Session:
         if not self._active:
             return
         try:
-            layers = self._host.layers()
+            layers = self.host.layers()
             self._tell_what_is_apart(layers)
             window = (self.options.start, self.options.stop)
             fusion = Fusion(layers, self._strategy, self._trace, window=window)
-            self._attached.callback(self._host.watch(self._before_unet))
+            self._attached.callback(self.host.watch(self._before_unet))
             self._fusion = self._attached.enter_context(fusion)
         except (DynFuseError, Unsupported) as error:
             self._give_up(str(error))
@@ -137,7 +137,7 @@ class Session:
 
     def _begin_guiding(self, guide: Guide) -> None:
         try:
-            self._attached.callback(self._host.guiding.begin(guide.through_unet))
+            self._attached.callback(self.host.guiding.begin(guide.through_unet))
         except Exception as error:
             _log.exception("nudging could not begin")
             self._stop_nudging(error)
@@ -155,7 +155,7 @@ class Session:
         """The picture is made as without us."""
         self._detach()
         self._active = False
-        self._host.give_back()
+        self.host.give_back()
         self.tell(f"not fused: {reason}")
         if self._guide is not None:
             self._begin_guiding(self._guide)
@@ -165,7 +165,7 @@ class Session:
         self._to_nudge = None
         if self._fusion is None and self._guide is None:
             return
-        place: Place = self._host.place(params)
+        place: Place = self.host.place(params)
         step = self._first_step + place.step
         self._last_step = max(self._last_step, step)
         self._at_last_step = place.step >= place.total - 1
@@ -176,7 +176,7 @@ class Session:
             self._trace.sigma = place.sigma
         if self._guide is not None and self._guide.wants(step, place.step, place.total):
             try:
-                self._host.guiding.expect(params, self._guide.through_unet)
+                self.host.guiding.expect(params, self._guide.through_unet)
                 self._to_nudge = step
             except Exception as error:
                 _log.exception("a nudge could not be prepared")
@@ -190,7 +190,7 @@ class Session:
     def predicted(self, params: Any) -> None:
         """The UNet's results are there, cond and uncond still apart; only some hosts tell."""
         if self._to_nudge is not None:
-            self._host.guiding.predicted(params)
+            self.host.guiding.predicted(params)
 
     def after_cfg(self, params: Any) -> None:
         """They are one denoised prediction, which the sampler gets next. Never raises."""
@@ -198,7 +198,7 @@ class Session:
         if step is None or self._guide is None:
             return
         try:
-            self._host.guiding.nudge(params, self._guide, step)
+            self.host.guiding.nudge(params, self._guide, step)
         except Exception as error:
             _log.exception("a nudge failed")
             self._stop_nudging(error)
@@ -232,7 +232,7 @@ class Session:
         self._active = False
         self._trace = self._guide = self._to_nudge = None
         self._first_step, self._last_step = 0, -1
-        self._host.give_back()
+        self.host.give_back()
         _open[:] = [one for one in _open if one is not self]
 
     def _detach(self) -> None:

@@ -36,8 +36,11 @@ class DynFuse(scripts.Script):
     def process_before_every_sampling(self, p, *args, **kwargs):
         generation.attach(p)
 
-    def postprocess_batch(self, p, *args, **kwargs):
-        generation.finish_batch(p)
+    def postprocess_batch(self, p, *args, images, **kwargs):
+        generation.finish_batch(p, images)
+
+    def postprocess_batch_list(self, p, pp, *args, **kwargs):
+        generation.keep_best(p, pp)
 
     def postprocess(self, p, processed, *args):
         generation.finish(p, processed)
@@ -52,4 +55,6 @@ script_callbacks.on_before_ui(register_axes)
 script_callbacks.on_ui_settings(settings.on_ui_settings)
 script_callbacks.on_app_started(api.on_app_started)
 script_callbacks.on_cfg_denoiser(generation.step)
+script_callbacks.on_cfg_denoised(generation.predicted)
+script_callbacks.on_cfg_after_cfg(generation.after_cfg)
 script_callbacks.on_script_unloaded(close_all)

@@ -22,7 +22,8 @@ BELOW: dict[str, set[str]] = {
     "fingerprint": set(),
     "options": {"core", "errors", "fingerprint", "roles"},
     "infotext": {"core", "errors", "options", "roles"},
-    "hosts": {"core", "errors", "options", "roles", "infotext"},
+    "hosts": {"core", "errors", "guidance", "options", "roles", "infotext"},
+    "guides": {"core", "errors", "guidance", "options", "roles"},
     "session": {"core", "errors", "guidance", "hosts", "options", "roles", "trace"},
 }
 # Third-party packages that a room may import, besides the standard library.

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from lib_dynfuse import guides
 from lib_dynfuse.errors import DynFuseError
 from lib_dynfuse.hosts.base import Unsupported
 from lib_dynfuse.hosts.detect import detect
@@ -19,12 +20,13 @@ from lib_dynfuse.options import INFOTEXT_KEY
 from lib_dynfuse.roles import lora_tags
 from lib_dynfuse.session import Session, close_all
 from lib_dynfuse.trace import Record
-from lib_dynfuse.webui import settings, xyz
+from lib_dynfuse.webui import guided, settings, xyz
 from lib_dynfuse.webui.arguments import read_arguments
 
 TITLE = "DynFuse"
 NOTE_KEY = f"{INFOTEXT_KEY} note"
 CHOSEN_KEY = f"{INFOTEXT_KEY} chosen"
+SCORES_KEY = f"{INFOTEXT_KEY} scores"
 _log = logging.getLogger("lib_dynfuse")
 
 
@@ -34,8 +36,18 @@ class _Generation:
 
     owner: int
     session: Session
+    guidance: guided.Guided | None = None
+    # Of the batch that was sampled last: what was chosen by picture, every picture's scores, and which are kept.
     shares: dict[int, dict[str, float]] = field(default_factory=dict)
-    records: list[tuple[Record, int]] = field(default_factory=list)  # and the number of the batch's first picture
+    scores: list[dict[str, float]] = field(default_factory=list)
+    kept: list[int] = field(default_factory=list)
+    # Of every batch: what was chosen, and of the pictures that are kept their places in it.
+    records: list[tuple[Record | None, list[int]]] = field(default_factory=list)
+    all_scores: list[dict[str, float]] = field(default_factory=list)
+
+
+# The generation whose denoiser is at work, where its prediction is to be nudged: the host's later callbacks don't say.
+_nudging: _Generation | None = None
 
 
 def _of(p: Any) -> _Generation | None:
@@ -46,6 +58,7 @@ def _of(p: Any) -> _Generation | None:
 def forget(p: Any) -> None:
     """Whatever an earlier generation left: hooks, networks taken, and the infotext that a grid's cells share."""
     close_all()
+    _rest()
     p._dynfuse = None
     for key in [key for key in p.extra_generation_params if key.split(" ")[0] == INFOTEXT_KEY]:
         del p.extra_generation_params[key]
@@ -65,9 +78,25 @@ def begin(p: Any, args: Sequence[Any]) -> None:
         return
     for name in options.unused():
         session.tell(f"the rule {options.strategy} has no {name}: it changes nothing")
-    p._dynfuse = _Generation(id(p), session)
+    generation = _Generation(id(p), session)
+    p._dynfuse = generation
     p.extra_generation_params.update(options.infotext())
     p.extra_generation_params[CHOSEN_KEY] = _chosen
+    if options.nudge or options.score or options.keep_best:
+        _begin_guiding(p, generation)
+
+
+def _begin_guiding(p: Any, generation: _Generation) -> None:
+    session = generation.session
+    try:
+        generation.guidance = guided.begin(p, session.options, session.host, session.tell)
+    except Exception as error:
+        _log.exception("guidance could not begin")
+        session.tell(f"not nudged: {type(error).__name__}: {error}")
+    if generation.guidance is not None:
+        p.extra_generation_params[SCORES_KEY] = _scores
+    elif session.options.keep_best:
+        session.tell("all pictures are kept: without references none is better than another")
 
 
 def _tell(p: Any, line: str) -> None:
@@ -81,15 +110,28 @@ def _tell(p: Any, line: str) -> None:
 def _chosen(*, p: Any, index: int = 0, **_: Any) -> str | None:
     """The infotext's share of what each role won in one picture; the host calls it when it writes the text."""
     generation = _of(p)
-    share = generation.shares.get(index) if generation is not None else None
+    share = None if generation is None else generation.shares.get(_place(generation, index))
     return None if share is None else f"subject {share['subject']:.0%} style {share['style']:.0%}"
+
+
+def _scores(*, p: Any, index: int = 0, **_: Any) -> str | None:
+    """The infotext's scores of one picture."""
+    generation = _of(p)
+    if generation is None or not generation.scores:
+        return None
+    return guided.as_text(generation.scores[_place(generation, index)])
+
+
+def _place(generation: _Generation, index: int) -> int:
+    """Where a picture that is kept stood in its batch."""
+    return generation.kept[index] if index < len(generation.kept) else index
 
 
 def activate(p: Any, networks: Any) -> None:
     generation = _of(p)
     if generation is None:
         return
-    generation.shares = {}
+    generation.shares, generation.scores, generation.kept = {}, [], []
     _compare_prompts(p, generation.session)
     generation.session.activate(networks)
 
@@ -106,39 +148,97 @@ def _compare_prompts(p: Any, session: Session) -> None:
 
 def attach(p: Any) -> None:
     generation = _of(p)
-    if generation is not None:
-        generation.session.attach(p.steps)
+    if generation is None:
+        return
+    found = generation.guidance
+    generation.session.attach(p.steps, (lambda: None) if found is None else (lambda: found.guide(p)))
 
 
 def step(params: Any) -> None:
     """The host's `cfg_denoiser` callback."""
+    global _nudging
+    _nudging = None
     generation = _of(getattr(params.denoiser, "p", None))
     if generation is not None:
         generation.session.step(params)
+        _nudging = generation if generation.session.nudges else None
 
 
-def finish_batch(p: Any) -> None:
-    """The pictures are sampled; what other extensions do with them from here on is none of ours."""
+def predicted(params: Any) -> None:
+    """The host's `cfg_denoised` callback."""
+    if _nudging is not None:
+        _nudging.session.predicted(params)
+
+
+def after_cfg(params: Any) -> None:
+    """The host's `cfg_after_cfg` callback."""
+    global _nudging
+    generation, _nudging = _nudging, None
+    if generation is not None:
+        generation.session.after_cfg(params)
+
+
+def finish_batch(p: Any, images: Any) -> None:
+    """The pictures are sampled, [B, 3, H, W] in 0..1; what other extensions do with them from here on is none of
+    ours."""
     generation = _of(p)
     if generation is None:
         return
     record = generation.session.finish_batch()
-    if record is not None:
-        generation.shares = record.shares()
-        generation.records.append((record, p.iteration * p.batch_size))
+    generation.shares = {} if record is None else record.shares()
+    generation.kept = list(range(len(images)))
+    generation.records.append((record, generation.kept))
+    if generation.guidance is not None:
+        _score(p, generation, images)
+
+
+def _score(p: Any, generation: _Generation, images: Any) -> None:
+    assert generation.guidance is not None
+    try:
+        generation.scores = generation.guidance.scores(p, images)
+    except Exception as error:
+        _log.exception("pictures could not be scored")
+        generation.session.tell(f"not scored: {type(error).__name__}: {error}")
+        return
+    generation.kept[:] = guided.best(generation.scores, generation.session.options.keep_best)
+    generation.all_scores += [generation.scores[place] for place in generation.kept]
+
+
+def keep_best(p: Any, batch: Any) -> None:
+    """The host's list of a batch's pictures, which it writes out next: those that are not kept leave it."""
+    generation = _of(p)
+    if generation is None or not generation.kept or len(generation.kept) == len(batch.images):
+        return
+    lists = [(batch, "images"), *((p, name) for name in ("prompts", "negative_prompts", "seeds", "subseeds"))]
+    for holder, name in lists:
+        values = getattr(holder, name)
+        setattr(holder, name, [values[place] for place in generation.kept])
 
 
 def finish(p: Any, processed: Any) -> None:
-    """The generation is over: the pictures of what was chosen, where they were asked for."""
+    """The generation is over: the pictures of what was chosen, where they were asked for, and the scores as numbers."""
     generation = _of(p)
     close_all()
-    if generation is None or not generation.session.options.trace:
+    _rest()
+    if generation is None:
         return
-    for record, first in generation.records:
-        for image in sorted(record.shares()):
-            place = processed.index_of_first_image + first + image
-            if place < len(processed.images):
+    if generation.all_scores:
+        # The text of every picture is written by now: this is for who reads the answer of the API.
+        p.extra_generation_params[SCORES_KEY] = generation.all_scores
+    if not generation.session.options.trace:
+        return
+    place = processed.index_of_first_image
+    for record, kept in generation.records:
+        for image in kept:
+            if record is not None and image in record.images and place < len(processed.images):
                 _append(p, processed, record, image, place)
+            place += 1
+
+
+def _rest() -> None:
+    """Nothing is generated for now."""
+    if settings.is_on(settings.ENCODERS_REST):
+        guides.rest()
 
 
 def _append(p: Any, processed: Any, record: Record, image: int, place: int) -> None:

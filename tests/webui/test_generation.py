@@ -107,7 +107,7 @@ def sample(p: Any, host: Hand, networks: Any = LORAS, images: int = 1) -> Tensor
         call = SimpleNamespace(step=number, total=p.steps, images=images, denoiser=SimpleNamespace(p=p))
         generation.step(call)
         output: Tensor = host.unet(torch.ones(2 * images, host.tokens, 6))
-    generation.finish_batch(p)
+    generation.finish_batch(p, torch.rand(images, 3, 8, 8))
     return output
 
 

@@ -138,7 +138,7 @@ def _open(model: Path, lora_dir: Path | None, prompt: str, out: Path, device: st
     """The host, once all that can be checked without it is known to be right: opening a model takes a while."""
     tags = parse_prompt(prompt).tags
     check_folder(out)
-    _quiet_libraries()
+    quiet_libraries()
     from lib_dynfuse.hosts.diffusers import Embedded
     from lib_dynfuse.hosts.lora_files import find_lora, open_lora
 
@@ -147,7 +147,7 @@ def _open(model: Path, lora_dir: Path | None, prompt: str, out: Path, device: st
     return Embedded.load(model, lora_dir, device or None, config=config, say=say)
 
 
-def _quiet_libraries() -> None:
+def quiet_libraries() -> None:
     """Their notices are for developers; what a person needs to know, the host says itself."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")

@@ -14,7 +14,11 @@ from torch import Tensor
 from lib_dynfuse.core.fusion import Fusion
 from lib_dynfuse.core.types import Role, Row
 from lib_dynfuse.errors import DynFuseError
+from lib_dynfuse.guidance.decoders import Decoder
+from lib_dynfuse.guidance.guide import Guide
 from lib_dynfuse.hosts.adapters import Adapters, Layers, Network
+from lib_dynfuse.hosts.guided_steps import guided_steps
+from lib_dynfuse.hosts.latent_pictures import latent_decoder
 from lib_dynfuse.hosts.lora_files import find_lora
 from lib_dynfuse.hosts.pipelines import open_pipeline
 from lib_dynfuse.hosts.samplers import make_sampler, sampler_name, sigmas
@@ -69,6 +73,10 @@ class Embedded:
         """The WebUI's name of a sampler; of the model's own without one."""
         return sampler_name(make_sampler(self._own_sampler, sampler))
 
+    def decoder(self, name: str, folder: Path | None = None) -> Decoder:
+        """What a guide looks at latents through: taesd, vae or linear. See `latent_decoder`; loads."""
+        return latent_decoder(self.pipe, name, folder, self.say)
+
     @torch.no_grad()
     def generate(
         self,
@@ -82,6 +90,7 @@ class Embedded:
         size: tuple[int, int] | None = None,
         sampler: str | None = None,
         trace: Any = None,
+        guide: Guide | None = None,
         progress: bool = False,
         tensors: bool = False,
     ) -> Any:
@@ -90,6 +99,8 @@ class Embedded:
         `prompt` may have LoRA tags. A picture depends on its own seed only, not on what else is in `seeds`: its noise
         is drawn on the CPU. Without roles, or with `options.enabled` off, LoRAs are added as the host does.
         size: width and height, multiples of 8. cfg of 1 or less: no negative prompt, half the work.
+        `guide`: made for these seeds, nudges the denoised predictions, whether or not any LoRA has a role; its steps
+        are numbered as the trace's passes are.
         Raises DynFuseError for what cannot be used; the model is then as it was.
         """
         options = options or Options(enabled=True)
@@ -119,6 +130,7 @@ class Embedded:
                 window = (options.start, options.stop)
                 fusion = stack.enter_context(Fusion(layers, rule, trace, window=window))
                 fusion.rows = rows
+            stack.enter_context(guided_steps(self.pipe, guide, cfg if guided else None, steps, self.say))
             pass_by_pass = _Steps(fusion, trace, noise)
             pass_by_pass.move_to(0)
             return self.pipe(

@@ -8,7 +8,10 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Mapping, Sequence
 
-FEATURES: Mapping[str, Sequence[str]] = {"nudging towards references": ("open_clip", "transformers")}
+FEATURES: Mapping[str, Sequence[str]] = {
+    "comparing pictures with references by CLIP": ("open_clip",),
+    "comparing pictures with references by DINO": ("transformers",),
+}
 
 
 def is_installed(module: str) -> bool:

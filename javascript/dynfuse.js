@@ -186,10 +186,22 @@ const dynfuse = (() => {
         }));
     }
 
+    /** Hide what does nothing now: references while nothing is compared with them, a nudge's own while there are none.
+        The inputs are looked at, as a paste or the host's saved defaults set them without an event. */
+    function hideIdle() {
+        for (const root of document.querySelectorAll(".dynfuse-guidance")) {
+            const ticked = (name) => Boolean(root.querySelector(`.dynfuse-${name} input[type=checkbox]`)?.checked);
+            const kept = Number(root.querySelector(".dynfuse-keep_best input[type=number]")?.value) > 0;
+            root.classList.toggle("dynfuse-unnudged", !ticked("nudge"));
+            root.classList.toggle("dynfuse-uncompared", !ticked("nudge") && !ticked("score") && !kept);
+        }
+    }
+
     function drawAll() {
         if (document.hidden) return;
         draw("txt2img");
         draw("img2img");
+        hideIdle();
     }
 
     /** Write a card's LoRA into its tab's prompt with a role, or give the one that is there that role. */
@@ -236,6 +248,7 @@ const dynfuse = (() => {
 
     if (typeof document !== "undefined") {
         document.addEventListener("input", (event) => event.target.matches?.("textarea") && drawAll());
+        document.addEventListener("change", hideIdle);
         document.addEventListener("pointerover", equipCard);
         setInterval(drawAll, LOOK_EVERY_MS);
     }

@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import json
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin
@@ -24,6 +25,8 @@ INFOTEXT_KEY = "DynFuse"
 DEFAULT_STRATEGY = "kl"
 # They change no picture, so they are no part of a picture's description.
 NOT_IN_INFOTEXT = ("enabled", "score", "keep_best", "trace")
+# The first and the last step of something, as shares of all steps.
+WINDOWS = (("start", "stop"), ("nudge_start", "nudge_stop"))
 _DIVERGENCE = {parameter.name: parameter for parameter in strategies()[DEFAULT_STRATEGY].parameters}
 
 
@@ -137,7 +140,7 @@ class Options(BaseModel, extra="forbid"):
         default="ViT-B-32:laion2b_s34b_b79k",
         title="CLIP",
         min_length=1,
-        description="A folder or a file in models/dynfuse, or open_clip's name and weights.",
+        description="A folder or a file in models/dynfuse, or open_clip's name and weights; none leaves it out.",
     )
     dino: str = Field(
         default="facebook/dino-vits16",
@@ -148,7 +151,7 @@ class Options(BaseModel, extra="forbid"):
     references: Literal["auto", "given", "preview", "generated"] = Field(
         default="auto",
         title="References from",
-        description="given: the pictures below. preview: the LoRA's own on disk. "
+        description="given: those that you give. preview: the LoRA's own on disk. "
         "generated: by that LoRA alone, once. auto: the first that is there.",
     )
     subject_references: list[str] = Field(
@@ -184,9 +187,10 @@ class Options(BaseModel, extra="forbid"):
         except ValidationError as error:
             raise OptionsError("; ".join(_sentence(one) for one in error.errors())) from error
         options.make_strategy()
-        for start, stop in (("start", "stop"), ("nudge_start", "nudge_stop")):
+        for start, stop in WINDOWS:
             first, last = getattr(options, start), getattr(options, stop)
-            if first > last:
+            # In the panel a nudge's window is out of sight while there are no nudges.
+            if first > last and options.matters(start):
                 raise OptionsError(f"{start} {first:g} is after {stop} {last:g}: the step window is empty")
         return options
 
@@ -194,6 +198,12 @@ class Options(BaseModel, extra="forbid"):
     def compares(self) -> bool:
         """Whether pictures are compared with references: to be nudged, to be scored, or to keep the best."""
         return self.nudge or self.score or self.keep_best > 0
+
+    def matters(self, name: str) -> bool:
+        """Whether an option of guidance does anything beside these; True for every other option."""
+        if name.startswith("nudge_"):
+            return self.nudge
+        return self.compares or name not in _COMPARED_WITH
 
     def make_strategy(self) -> Strategy:
         """The fusion rule that these options describe. Raises OptionsError that lists what there is."""
@@ -218,8 +228,8 @@ class Options(BaseModel, extra="forbid"):
     def infotext(self) -> dict[str, str]:
         """Infotext keys and values: the version, the rule, and whatever is not at its default; nothing when off.
 
-        What guidance is to do is written where it does something. Reference pictures are written as their number and
-        the beginning of each one's sha256.
+        Options of guidance are written where they matter; reference pictures as their number and the beginning of
+        each one's sha256.
         """
         if not self.enabled:
             return {}
@@ -227,16 +237,11 @@ class Options(BaseModel, extra="forbid"):
         written = {INFOTEXT_KEY: __version__}
         for option in FIELDS:
             value = getattr(self, option.name)
-            if option.name in NOT_IN_INFOTEXT or not self._means_something(option.name):
+            if option.name in NOT_IN_INFOTEXT or not self.matters(option.name):
                 continue
             if option.name == "strategy" or value != getattr(defaults, option.name):
                 written[option.key] = _written(value)
         return written
-
-    def _means_something(self, name: str) -> bool:
-        if name.startswith("nudge_"):
-            return self.nudge
-        return self.compares or name not in _COMPARED_WITH
 
 
 def _written(value: Any) -> str:
@@ -316,7 +321,7 @@ def _would_change(option: Option, value: Any) -> str:
     """What to say of a value that pydantic takes for another: 1 cuts 64.5 to a whole 64, both take true for 1."""
     if isinstance(option.default, list) and isinstance(value, list):
         other = [one for one in value if not (isinstance(one, str) and one.strip())]
-        return f"{option.name}: {other[0]!r} is no picture; allowed: {option.allowed}" if other else ""
+        return f"{option.name}: {reprlib.repr(other[0])} is no picture; allowed: {option.allowed}" if other else ""
     if option.minimum is None:
         return ""
     whole = isinstance(option.default, int)

@@ -48,7 +48,8 @@ def test_running_it_succeeds_in_a_bare_python_and_says_a_line_at_most_per_featur
     done = subprocess.run([sys.executable, "-I", "-S", str(ROOT / "install.py")], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.splitlines() == [
-        "DynFuse: nudging towards references stays off, it lacks open_clip and transformers; everything else works."
+        "DynFuse: comparing pictures with references by CLIP stays off, it lacks open_clip; everything else works.",
+        "DynFuse: comparing pictures with references by DINO stays off, it lacks transformers; everything else works.",
     ]
 
 

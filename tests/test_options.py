@@ -1,6 +1,10 @@
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
+import re
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +14,9 @@ from hypothesis import strategies as st
 
 from lib_dynfuse import __version__
 from lib_dynfuse.core.strategies import strategies, strategy
+from lib_dynfuse.guidance.nudge import MODES, Nudge
+from lib_dynfuse.guidance.objectives import TERMS, Weights
+from lib_dynfuse.guidance.references import SOURCES
 from lib_dynfuse.options import FIELDS, Options, OptionsError, options_table, rules_table
 
 NUMBERS = [option for option in FIELDS if option.minimum is not None]
@@ -56,6 +63,16 @@ def test_a_number_is_taken_inside_its_range_and_refused_with_the_range_outside(o
         ({"strategy": "klora", "parameters": {"alpha": 99}}, ["alpha", "0.01 to 10"]),
         ({"parameters": {"balance": 1}}, ["balance", "an option of its own"]),
         ({"start": 0.6, "stop": 0.5}, ["start 0.6", "stop 0.5"]),
+        ({"nudge": True, "nudge_start": 0.8}, ["nudge_start 0.8", "nudge_stop 0.7"]),
+        ({"nudge_mode": "xy"}, ["nudge_mode", "x0, adam, xt"]),
+        ({"nudge_decoder": "full", "references": "mine"}, ["taesd, vae, linear", "auto, given, preview, generated"]),
+        ({"nudge_strength": 2.5, "nudge_every": 0}, ["nudge_strength", "0 to 2", "nudge_every", "1 to 100"]),
+        ({"weight_clip_text": -1}, ["weight_clip_text", "0 to 10"]),
+        ({"clip": ""}, ["clip", "a name, a folder or a file"]),
+        ({"subject_references": "fox.png"}, ["subject_references", "a list of paths, base64 or data URLs"]),
+        ({"subject_references": ["fox.png", 3]}, ["subject_references", "3 is no picture"]),
+        ({"style_references": [" "]}, ["style_references", "' ' is no picture"]),
+        ({"subject_references": [{"data": "A" * 5000}]}, ["subject_references", "is no picture"]),
         ({"balance": 3, "temperature": 0}, ["balance", "-1 to 1", "temperature", "0.01 to 100"]),
         ({"sample_tokens": "many"}, ["sample_tokens", "0 to 4096"]),
         ({"sample_tokens": 64.5, "balance": True}, ["sample_tokens: 64.5", "whole number", "balance: True", "-1 to 1"]),
@@ -68,6 +85,7 @@ def test_what_is_not_allowed_is_refused_by_name_with_what_is(values: dict[str, A
     for word in words:
         assert word in str(error.value)
     assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 700
 
 
 def test_options_that_mean_nothing_to_the_rule_are_known():
@@ -89,6 +107,56 @@ def test_the_infotext_has_the_version_the_rule_and_what_was_changed():
         "DynFuse start": "0.25",
         "DynFuse parameters": '{"alpha": 2.0, "pattern": "s*"}',
     }
+
+
+def test_the_infotext_says_of_guidance_what_matters():
+    moved = {"nudge_strength": 0.5, "weight_clip_text": 1.0, "clip": "ViT-B-16", "keep_best": 0}
+    plain = {"DynFuse": __version__, "DynFuse strategy": "kl"}
+    judges = {"DynFuse weight clip text": "1.0", "DynFuse clip": "ViT-B-16"}
+    assert Options(enabled=True, **moved).infotext() == plain
+    for comparing in ({"score": True}, {"keep_best": 2}):
+        assert Options(enabled=True, **{**moved, **comparing}).infotext() == {**plain, **judges}
+    nudged = {"DynFuse nudge": "True", "DynFuse nudge strength": "0.5"}
+    assert Options(enabled=True, nudge=True, **moved).infotext() == {**plain, **nudged, **judges}
+
+
+def test_a_nudges_window_is_not_judged_while_there_are_no_nudges():
+    assert Options.read({"nudge_start": 0.8}).nudge_start == 0.8
+
+
+def test_reference_pictures_are_written_as_their_number_and_what_is_in_them(tmp_path: Path):
+    content = bytes(range(256))
+    file = tmp_path / "fox.png"
+    file.write_bytes(content)
+    text = base64.b64encode(content).decode()
+    name = hashlib.sha256(content).hexdigest()[:10]
+    given = [str(file), text, f"data:image/png;base64,{text}", f" {text[:100]}\n{text[100:]}"]
+    options = Options.read({"enabled": True, "nudge": True, "subject_references": given, "style_references": [text]})
+    written = options.infotext()
+    assert written["DynFuse subject references"] == " ".join(["4 pictures", name, name, name, name])
+    assert written["DynFuse style references"] == f"1 picture {name}"
+
+
+@pytest.mark.parametrize("source", ["no/such/file.png", "data:,", "\0", "~" * 100_000])
+def test_what_is_no_picture_has_a_name_in_the_infotext_too(source: str):
+    (shown,) = {Options(enabled=True, score=True, style_references=[source]).infotext()["DynFuse style references"]}
+    assert re.fullmatch("1 picture [0-9a-f]{10}", shown)
+
+
+def test_choices_are_what_guidance_knows():
+    choices = {option.name: option.choices for option in FIELDS if option.choices}
+    assert choices["nudge_mode"] == tuple(sorted(MODES, key=choices["nudge_mode"].index))
+    assert choices["references"] == SOURCES
+    terms = [option.name.removeprefix("weight_") for option in FIELDS if option.name.startswith("weight_")]
+    assert tuple(terms) == TERMS
+
+
+def test_defaults_are_those_of_guidance():
+    defaults = Options()
+    nudge = Nudge()
+    for name in ("mode", "strength", "start", "stop", "every", "clamp"):
+        assert getattr(defaults, f"nudge_{name}") == getattr(nudge, name)
+    assert {term: getattr(defaults, f"weight_{term}") for term in TERMS} == asdict(Weights())
 
 
 def test_infotext_keys_name_options_one_to_one():

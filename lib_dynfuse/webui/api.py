@@ -8,14 +8,14 @@ from typing import Any
 
 from lib_dynfuse import __version__
 from lib_dynfuse.core.strategies import Parameter, strategies
-from lib_dynfuse.options import FIELDS, OptionsError
+from lib_dynfuse.options import FIELDS, Options, OptionsError
 from lib_dynfuse.trace import Record, pictures
-from lib_dynfuse.webui.arguments import ORDER, read_arguments
+from lib_dynfuse.webui.arguments import ORDER, PICTURES, read_arguments
 from lib_dynfuse.webui.generation import TITLE
 
 PREFIX = "/dynfuse/v1"
 CHECKED_ROUTES = ("/sdapi/v1/txt2img", "/sdapi/v1/img2img")
-_TYPES = {bool: "boolean", int: "integer", float: "number", str: "string", dict: "object"}
+_TYPES = {bool: "boolean", int: "integer", float: "number", str: "string", dict: "object", list: "array"}
 
 
 def on_app_started(demo: Any, app: Any) -> None:
@@ -144,15 +144,30 @@ def _wrong_entry(entry: Any) -> str:
     if args and isinstance(args[0], Mapping) and len(args) > 1:
         return f"args: nothing may follow the object; {shape}"
     try:
-        read_arguments(args)
+        return _unreadable(read_arguments(args))
     except OptionsError as error:
         return str(error)
+
+
+def _unreadable(options: Options) -> str:
+    """Which of the given pictures cannot be read, and why; empty if all can."""
+    given = [(name, source) for name in PICTURES for source in getattr(options, name)]
+    if not given:
+        return ""
+    from lib_dynfuse.guidance.references import PictureError, read_picture
+
+    for name, source in given:
+        try:
+            read_picture(source)
+        except PictureError as error:
+            return f"{name}: {error}"
     return ""
 
 
 def _check_before(route: Any) -> None:
     """Let a route answer 422 to arguments that are wrong, after its own checks and before it generates."""
     from fastapi import HTTPException
+    from fastapi.concurrency import run_in_threadpool
     from fastapi.dependencies.models import Dependant
 
     async def check(request: Any) -> None:
@@ -160,7 +175,7 @@ def _check_before(route: Any) -> None:
             body = await request.json()
         except ValueError:
             return  # not JSON: the route says so itself
-        if said := wrong_arguments(body):
+        if said := await run_in_threadpool(wrong_arguments, body):  # it may have pictures to open
             raise HTTPException(422, said)
 
     # Made by hand: what reads signatures would look for the request's type among this module's names.

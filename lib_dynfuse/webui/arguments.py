@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,6 +11,8 @@ from lib_dynfuse.options import FIELDS, Options, OptionsError
 
 # The panel's components stand in this order, so this is what a positional list means.
 ORDER: tuple[str, ...] = tuple(option.name for option in FIELDS)
+# Options whose values are pictures.
+PICTURES = tuple(option.name for option in FIELDS if isinstance(option.default, list))
 SWITCH = {"on": True, "true": True, "off": False, "false": False}
 
 
@@ -27,11 +30,28 @@ def read_arguments(args: Sequence[Any], overrides: Mapping[str, Any] | None = No
 
 
 def read_values(values: Mapping[str, Any]) -> Options:
-    """Options by name, as `Options.read`, where `parameters` may also be the panel's text."""
+    """Options by name, as `Options.read`, where `parameters` may also be the panel's text, and pictures its files."""
     parameters = values.get("parameters")
     if isinstance(parameters, str):
         values = {**values, "parameters": parse_parameters(parameters)}
-    return Options.read(values)
+    return Options.read({**values, **{name: pictures(values[name]) for name in PICTURES if name in values}})
+
+
+def pictures(given: Any) -> list[Any]:
+    """Pictures as `Options` takes them, a path or a text each: of a list or of a single one.
+
+    gradio 3 gives a file input's files as objects with a name, gradio 4 as paths, both None where there are none.
+    What is none of these stays as it is, for `Options` to refuse.
+    """
+    if given is None:
+        return []
+    return [_source(one) for one in (given if isinstance(given, (list, tuple)) else [given])]
+
+
+def _source(one: Any) -> Any:
+    if isinstance(one, (str, os.PathLike)):
+        return os.fspath(one)
+    return getattr(one, "name", one)
 
 
 def _by_name(args: Sequence[Any]) -> dict[str, Any]:

@@ -2,43 +2,50 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from lib_dynfuse.options import FIELDS, INFOTEXT_KEY, Options, OptionsError
-from lib_dynfuse.webui.arguments import format_parameters, read_values
+from lib_dynfuse.options import FIELDS, INFOTEXT_KEY, NOT_IN_INFOTEXT, WINDOWS, Options, OptionsError
+from lib_dynfuse.webui.arguments import PICTURES, format_parameters, read_values
 
-# It changes no picture, so an infotext says nothing of it and pasting leaves it as it is.
-_NOT_DESCRIBED = ("trace",)
+# What an infotext does not say, or says of pictures that are not in it: pasting leaves it as it is.
+NOT_PASTED = (*(name for name in NOT_IN_INFOTEXT if name != "enabled"), *PICTURES)
+_KEYS = {option.name: option.key for option in FIELDS}
 
 
 def fields_from_infotext(params: Mapping[str, str]) -> dict[str, Any]:
     """Option values that an infotext, parsed by the host, describes; empty if the picture was made without us.
 
-    What is left out there, or cannot be used here because a newer version wrote it, has its default.
+    What is left out there, or cannot be used here because a newer version wrote it, has its default. Options of
+    guidance that the picture was made without are not described at all: encoders are chosen for a machine.
     """
     if INFOTEXT_KEY not in params:
         return {}
+    there = [option.name for option in FIELDS if option.key in params and option.name not in ("enabled", *NOT_PASTED)]
     values: dict[str, Any] = {"enabled": True}
+    # A window's ends are judged together: the one alone may be beyond the other's default.
+    for names in (*((name,) for name in there), *(pair for pair in WINDOWS if set(pair) <= set(there))):
+        with contextlib.suppress(OptionsError):
+            read = {name: _parsed(name, params[_KEYS[name]]) for name in names}
+            options = read_values({**values, **read})
+            values.update({name: getattr(options, name) for name in names})
     options = Options(**values)
-    for option in FIELDS:
-        if option.key not in params or option.name in ("enabled", *_NOT_DESCRIBED):
-            continue
-        try:
-            options = read_values({**values, option.name: _parsed(option.name, params[option.key])})
-        except OptionsError:
-            continue
-        values[option.name] = getattr(options, option.name)
-    return {option.name: getattr(options, option.name) for option in FIELDS if option.name not in _NOT_DESCRIBED}
+    return {
+        option.name: getattr(options, option.name)
+        for option in FIELDS
+        if option.name not in NOT_PASTED and (options.matters(option.name) or option.name in values)
+    }
 
 
 @functools.cache
 def paste_value(name: str) -> Callable[[Mapping[str, str]], Any]:
     """For a Script's `infotext_fields`: what the option's component shows after pasting a parsed infotext.
 
-    None, which leaves a component as it is, for a picture made without us; that one only switches `enabled` off.
+    None, which leaves a component as it is, for what is not described there and for a picture made without us; that
+    one only switches `enabled` off.
     It is the same object each time: "Send to img2img" copies the fields of a tab that are in `paste_field_names` by
     equality, and where a field has a function it is this that has to stand there, not a key.
     """

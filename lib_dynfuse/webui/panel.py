@@ -6,16 +6,16 @@ Works on gradio 3.41 and 4.40 alike. The prompt's roles at its top are filled in
 from __future__ import annotations
 
 import html
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from lib_dynfuse.core.strategies import Parameter, strategies
-from lib_dynfuse.hosts.base import Unsupported
+from lib_dynfuse.hosts.base import Host, Unsupported
 from lib_dynfuse.hosts.detect import detect
 from lib_dynfuse.options import DEFAULT_STRATEGY, FIELDS, Option, OptionsError
-from lib_dynfuse.webui.arguments import ORDER, format_parameters, parse_parameters
+from lib_dynfuse.webui.arguments import ORDER, PICTURES, format_parameters, parse_parameters
 from lib_dynfuse.webui.infotext import paste_value
 
 _OPTIONS = {option.name: option for option in FIELDS}
@@ -26,6 +26,15 @@ _FINER = (
     ("start", "stop"),
     ("decide_every", "parameters"),
 )
+_FINER_NUDGES = (("nudge_start", "nudge_stop"), ("nudge_every", "nudge_clamp"), ("nudge_decoder", "nudge_cutouts"))
+_TERMS = (
+    ("weight_clip_subject", "weight_dino_subject"),
+    ("weight_clip_style", "weight_dino_style"),
+    ("weight_clip_text", "clip", "dino"),
+)
+# Those that `javascript/dynfuse.js` looks at; in pixels.
+_LOOKED_AT = ("nudge", "score", "keep_best")
+_FILES_HEIGHT = 120
 # Options that are parameters of rules, which not every rule has.
 _OF_RULES = tuple(
     name for name in ORDER if any(name == one.name for info in strategies().values() for one in info.parameters)
@@ -48,8 +57,9 @@ def build(is_img2img: bool, elem_id: Callable[[str], str]) -> Panel:
     tab = "img2img" if is_img2img else "txt2img"
 
     made: dict[str, Any] = {}
+    host, lacking = _host()
     with _switch(elem_id("enabled")) as made["enabled"]:
-        if lacking := _lacking():
+        if lacking:
             gr.HTML(f'<p class="dynfuse-lacking">Nothing can be fused here: {html.escape(lacking)}</p>')
         # The script looks for this id, so the host has no say in it.
         gr.HTML("", elem_id=f"dynfuse_roles_{tab}")
@@ -61,10 +71,8 @@ def build(is_img2img: bool, elem_id: Callable[[str], str]) -> Panel:
                 made["balance"] = _component("balance", elem_id)
                 made["auto_balance"] = _component("auto_balance", elem_id)
         with gr.Accordion("Finer", open=False, elem_id=elem_id("finer")):
-            for row in _FINER:
-                with gr.Row():
-                    for name in row:
-                        made[name] = _component(name, elem_id)
+            made.update(_rows(_FINER, elem_id))
+        made.update(_guidance(getattr(host, "no_xt", ""), elem_id))
         made["trace"] = _component("trace", elem_id)
 
     rule, parameters = made["strategy"], made["parameters"]
@@ -74,13 +82,49 @@ def build(is_img2img: bool, elem_id: Callable[[str], str]) -> Panel:
     )  # fmt: skip
     # Only when a person turns to another rule: a pasted picture brings its rule and that rule's parameters together.
     rule.input(keep_known, inputs=[rule, parameters], outputs=[parameters], show_progress="hidden", queue=False)
-    components = [made[name] for name in ORDER]
+    # The host cannot copy files from tab to tab, and an infotext has none.
+    pasted = [name for name in ORDER if name not in PICTURES]
     return Panel(
-        components=components,
-        infotext_fields=[(made[name], paste_value(name)) for name in ORDER],
+        components=[made[name] for name in ORDER],
+        infotext_fields=[(made[name], paste_value(name)) for name in pasted],
         # The host looks for a field's own target here, to copy it to the other tab.
-        paste_field_names=[paste_value(name) for name in ORDER],
+        paste_field_names=[paste_value(name) for name in pasted],
     )
+
+
+def _guidance(no_xt: str, elem_id: Callable[[str], str]) -> dict[str, Any]:
+    """The inputs of nudges and scores, by name. `no_xt`: why that way of nudging cannot be had here.
+
+    What has the class dynfuse-compared or dynfuse-nudged is hidden by `javascript/dynfuse.js` while nothing is compared
+    or nudged: it looks at the inputs themselves, which a pasted picture or the host's saved defaults may have changed.
+    """
+    import gradio as gr
+
+    made: dict[str, Any] = {}
+    with gr.Column(elem_classes=["dynfuse-guidance"]):
+        made.update(_rows((("nudge", "score"),), elem_id))
+        with gr.Column(elem_classes=["dynfuse-compared"]):
+            made.update(_rows((("subject_references", "style_references"), ("references", "keep_best")), elem_id))
+            with gr.Column(elem_classes=["dynfuse-nudged"]):
+                made.update(_rows((("nudge_strength", "nudge_mode"),), elem_id))
+                if no_xt:
+                    gr.HTML(f'<p class="dynfuse-help">xt is not possible here: {html.escape(no_xt)}</p>')
+                with gr.Accordion("Finer nudges", open=False, elem_id=elem_id("finer_nudges")):
+                    made.update(_rows(_FINER_NUDGES, elem_id))
+            with gr.Accordion("What counts, and who judges it", open=False, elem_id=elem_id("terms")):
+                made.update(_rows(_TERMS, elem_id))
+    return made
+
+
+def _rows(rows: Sequence[Sequence[str]], elem_id: Callable[[str], str]) -> dict[str, Any]:
+    """The inputs of these options by name, a line for each row."""
+    import gradio as gr
+
+    made = {}
+    for row in rows:
+        with gr.Row():
+            made.update({name: _component(name, elem_id) for name in row})
+    return made
 
 
 def rule_has(rule: str, name: str) -> bool:
@@ -144,29 +188,35 @@ def _component(name: str, elem_id: Callable[[str], str]) -> Any:
     import gradio as gr
 
     option = _OPTIONS[name]
-    shared = {"label": option.label, "info": option.help, "elem_id": elem_id(name)}
+    shared: dict[str, Any] = {"label": option.label, "info": option.help, "elem_id": elem_id(name)}
+    if name in _LOOKED_AT:
+        shared["elem_classes"] = [f"dynfuse-{name}"]
     if name == "parameters":
         return gr.Textbox(
             "", placeholder=parameters_hint(DEFAULT_STRATEGY), interactive=bool(own_parameters(DEFAULT_STRATEGY)),
             max_lines=1, **shared,
         )  # fmt: skip
+    if name in PICTURES:
+        del shared["info"]
+        return gr.File(None, file_count="multiple", file_types=["image"], height=_FILES_HEIGHT, **shared)
     if option.choices:
         return gr.Dropdown(list(option.choices), value=option.default, **shared)
     enabled = name not in _OF_RULES or rule_has(DEFAULT_STRATEGY, name)
     if isinstance(option.default, bool):
         return gr.Checkbox(option.default, interactive=enabled, **shared)
+    if isinstance(option.default, str):
+        return gr.Textbox(option.default, max_lines=1, **shared)
     return gr.Slider(
         option.minimum, option.maximum, value=option.default, step=_step(option), interactive=enabled, **shared
     )
 
 
-def _lacking() -> str:
-    """Why this WebUI cannot be used, in words; empty if it can."""
+def _host() -> tuple[Host | None, str]:
+    """This WebUI, or why it cannot be used."""
     try:
-        detect()
+        return detect(), ""
     except Unsupported as error:
-        return str(error)
-    return ""
+        return None, str(error)
 
 
 def _step(option: Option) -> float:

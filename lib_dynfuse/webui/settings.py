@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from pathlib import Path
 
+ENCODER_FOLDER = "dynfuse_encoder_folder"
+ENCODERS_REST = "dynfuse_encoders_rest"
 LOG_LEVEL = "dynfuse_log_level"
 SECTION = ("dynfuse", "Dynamic LoRA Fusion")
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One setting; `key` is its name in the host's config.json; without `choices` it is a line of text."""
+    """One setting; `key` is its name in the host's config.json. Without `choices` it is a line of text, or a switch
+    where its default is one."""
 
     key: str
     label: str
-    default: str
+    default: str | bool
     choices: tuple[str, ...]
     help: str
 
@@ -24,9 +28,22 @@ _DEVICES = ("auto", "cpu", "cuda", "mps")
 _DTYPES = ("auto", "float32", "float16", "bfloat16")
 _LEVELS = ("WARNING", "INFO", "DEBUG")
 SETTINGS = (
-    Setting("dynfuse_encoder_folder", "Encoder folder", "", (), "where CLIP and DINO are; empty: the hub's cache"),
+    Setting(
+        ENCODER_FOLDER,
+        "Encoder folder",
+        "",
+        (),
+        "where CLIP and DINO are looked for before the model hub; empty: models/dynfuse of the WebUI",
+    ),
     Setting("dynfuse_guidance_device", "Guidance device", "auto", _DEVICES, "auto: the UNet's"),
     Setting("dynfuse_guidance_dtype", "Guidance dtype", "auto", _DTYPES, "auto: the UNet's"),
+    Setting(
+        ENCODERS_REST,
+        "Move encoders off the GPU when idle",
+        True,
+        (),
+        "between generations CLIP and DINO wait in main memory",
+    ),
     Setting(LOG_LEVEL, "Log level", "INFO", _LEVELS, "INFO: one line for each generation"),
 )
 _BY_KEY = {setting.key: setting for setting in SETTINGS}
@@ -38,10 +55,11 @@ def on_ui_settings() -> None:
     from modules import shared
 
     for setting in SETTINGS:
+        plain = gr.Checkbox if isinstance(setting.default, bool) else gr.Textbox
         info = shared.OptionInfo(
             setting.default,
             setting.label,
-            gr.Radio if setting.choices else gr.Textbox,
+            gr.Radio if setting.choices else plain,
             {"choices": list(setting.choices)} if setting.choices else {},
             section=SECTION,
         )
@@ -50,12 +68,30 @@ def on_ui_settings() -> None:
 
 
 def value(key: str) -> str:
-    """What a setting is set to; the default where the host has no such option or a value that is not allowed."""
+    """What a line of text or a choice is set to; the default where the host has no such option, or a value that is not
+    allowed."""
+    return str(_stored(key))
+
+
+def is_on(key: str) -> bool:
+    """Whether a switch is on; the default as for `value`."""
+    return bool(_stored(key))
+
+
+def encoder_folder() -> Path:
+    """Where CLIP and DINO are looked for first, whether it is there or not."""
+    from modules import paths
+
+    named = value(ENCODER_FOLDER).strip()
+    return Path(named).expanduser() if named else Path(paths.models_path) / "dynfuse"
+
+
+def _stored(key: str) -> str | bool:
     from modules import shared
 
     setting = _BY_KEY[key]
     stored = getattr(shared.opts, key, setting.default)
-    usable = isinstance(stored, str) and (not setting.choices or stored in setting.choices)
+    usable = type(stored) is type(setting.default) and (not setting.choices or stored in setting.choices)
     return stored if usable else setting.default
 
 

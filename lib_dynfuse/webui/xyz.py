@@ -7,7 +7,7 @@ from typing import Any
 
 from lib_dynfuse.core.strategies import strategies
 from lib_dynfuse.options import FIELDS, Option, OptionsError
-from lib_dynfuse.webui.arguments import SWITCH, parse_parameters, read_values
+from lib_dynfuse.webui.arguments import PICTURES, SWITCH, parse_parameters, read_values
 
 PREFIX = "[DynFuse]"
 _ATTRIBUTE = "_dynfuse_overrides"
@@ -91,5 +91,7 @@ def _value(option: Option, x: Any) -> Any:
         return SWITCH[str(x).strip().lower()]
     if option.name == "parameters":
         return parse_parameters(x)
+    if option.name in PICTURES:
+        return [x.strip()] if x.strip() else []
     # The host's ranges add up steps: 0-1 (+0.1) ends a few 1e-16 beyond 1.
     return round(x, 8) if isinstance(x, float) else x

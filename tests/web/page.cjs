@@ -103,9 +103,36 @@ async function look(page) {
     seen.sum = await choose("sum", "Adds both");
     seen.kl = await choose("kl", "Each layer");
 
+    // A row of the panel's part for guidance is seen or not: pictures, and what only nudges have.
+    const shown = async () => ({
+        compared: await text("#txt2img_subject_references").isVisible(),
+        nudged: await text("#txt2img_nudge_strength").isVisible(),
+    });
+    const tick = async (name, on) => {
+        await control(name, "input").setChecked(on);
+        return shown();
+    };
+    const keep = async (count) => {
+        const box = control("keep_best", "input[type=number]");
+        await box.fill(count);
+        await box.blur();
+    };
+    const give = (name, ...files) => control(name, "input[type=file]").setInputFiles(files.map((file) => `${root}/docs/${file}`));
+    seen.shown = {atFirst: await shown(), nudged: await tick("nudge", true), scored: null};
+    await tick("nudge", false);
+    seen.shown.scored = await tick("score", true);
+    await keep("2");
+    seen.shown.kept = await tick("score", false);
+    await give("subject_references", "panel.png", "sheet-webui.png");
+    await give("style_references", "panel.png");
+    seen.given = await until(read, (now) => now.subject_references.length === 2 && now.style_references.length === 1);
+    await keep("0");
+    seen.shown.atLast = await until(shown, (now) => !now.compared);
+
     await text("#txt2img_paste").click();
     seen.pasted = {prompt: await until(() => value("txt2img_prompt"), (now) => now.startsWith("pasted"))};
     seen.pasted.chips = await until(words, (now) => now[0].includes("ink"));
+    seen.pasted.shown = await until(shown, (now) => now.nudged);
     seen.pasted.values = await read();
     const parameters = control("parameters", ":is(input, textarea)");
     await choose("kl", "Each layer");
@@ -118,6 +145,13 @@ async function look(page) {
         await area("hires_prompt").fill("fox <lora:my_fox:1:role=sbject>");
         await until(words, (now) => now.length === 4);
         await page.screenshot({path: `${pictures}/${theme}.png`});
+        await tick("nudge", true);
+        await give("subject_references", "panel.png", "sheet-webui.png");
+        await page.locator("#txt2img_subject_references", {hasText: "sheet-webui"}).waitFor();
+        await page.locator(".dynfuse-guidance").first().screenshot({path: `${pictures}/${theme}-guidance.png`});
+        for (const name of ["finer_nudges", "terms"]) await text(`#txt2img_${name} .label-wrap`).click();
+        await text("#txt2img_clip").waitFor();
+        await page.screenshot({path: `${pictures}/${theme}-nudges.png`, fullPage: true});
     }
     return seen;
 }

@@ -17,11 +17,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import gradio as gr
 
-from lib_dynfuse.webui.arguments import ORDER
+from lib_dynfuse.webui.arguments import ORDER, PICTURES, pictures
 from lib_dynfuse.webui.panel import build
 
 PASTED_PROMPT = "pasted <lora:ink:0.9:role=style>"
-PASTED = {"DynFuse": "0.1.0", "DynFuse strategy": "kl-soft", "DynFuse parameters": '{"softness": 0.5}'}
+PASTED = {
+    "DynFuse": "0.1.0",
+    "DynFuse strategy": "kl-soft",
+    "DynFuse parameters": '{"softness": 0.5}',
+    "DynFuse nudge": "True",
+    "DynFuse nudge mode": "adam",
+    "DynFuse nudge start": "0.8",
+    "DynFuse nudge stop": "0.9",
+    "DynFuse clip": "ViT-B-32:mine.safetensors",
+    "DynFuse subject references": "1 picture 0123456789",
+}
 # As the WebUI writes a LoRA's card.
 CLICKED = """window.cardOpened = true; cardClicked('txt2img', "<lora:my_fox:" + 0.7 + ">" + " a fox", "", false)"""
 CARD = f"""
@@ -43,7 +53,8 @@ def tab(name: str) -> None:
     prompt_values = gr.Textbox("", label="Prompt in Python", elem_id=f"{name}_prompt_in_python")
 
     def read(prompt_text: str, *given: Any) -> tuple[str, str]:
-        return json.dumps(dict(zip(ORDER, given, strict=True))), prompt_text
+        named = dict(zip(ORDER, given, strict=True))
+        return json.dumps({**named, **{name: pictures(named[name]) for name in PICTURES}}), prompt_text
 
     gr.Button("Read", elem_id=f"{name}_read").click(
         read, inputs=[prompt, *panel.components], outputs=[values, prompt_values]

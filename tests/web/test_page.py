@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from lib_dynfuse.options import Options
+from lib_dynfuse.webui.arguments import read_arguments
 
 Seen = dict[str, Any]
 REST = ", <lora:ink:0.9:0.8:dyn=3> (blue:1.2) <hypernet:x:1> <lyco:detail:0.6>"
@@ -113,8 +115,44 @@ def test_a_pasted_picture_fills_panel_and_chips(page_seen: Seen) -> None:
     pasted = page_seen["pasted"]
     assert pasted["prompt"] == "pasted <lora:ink:0.9:role=style>"
     assert pasted["chips"] == ["◆ ink 0.9 style"]
-    expected = {**page_seen["defaults"], "enabled": True, "strategy": "kl-soft", "parameters": "softness=0.5"}
-    assert pasted["values"] == expected
+    # The pictures are those that were given before: an infotext has none.
+    assert pasted["values"] == {
+        **page_seen["given"],
+        "strategy": "kl-soft",
+        "parameters": "softness=0.5",
+        "balance": 0,
+        "auto_balance": False,
+        "nudge": True,
+        "nudge_mode": "adam",
+        "nudge_start": 0.8,
+        "nudge_stop": 0.9,
+        "clip": "ViT-B-32:mine.safetensors",
+        "keep_best": 0,
+    }
+    assert pasted["shown"] == {"compared": True, "nudged": True}
+
+
+def test_what_guidance_does_not_need_now_is_hidden(page_seen: Seen) -> None:
+    hidden = {"compared": False, "nudged": False}
+    assert page_seen["shown"] == {
+        "atFirst": hidden,
+        "nudged": {"compared": True, "nudged": True},
+        "scored": {"compared": True, "nudged": False},
+        "kept": {"compared": True, "nudged": False},
+        "atLast": hidden,
+    }
+
+
+def test_several_pictures_of_each_role_arrive_as_files(page_seen: Seen) -> None:
+    def names(role: str) -> list[str]:
+        return sorted(Path(path).name for path in page_seen["given"][f"{role}_references"])
+
+    assert [name.split(".")[-1] for name in names("subject")] == ["png", "png"]
+    assert "panel" in names("subject")[0]
+    assert "sheet-webui" in names("subject")[1]
+    assert len(names("style")) == 1
+    options = read_arguments([page_seen["given"]])
+    assert options.subject_references == page_seen["given"]["subject_references"]
 
 
 def test_another_rule_by_hand_drops_the_parameters_it_does_not_have(page_seen: Seen) -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from lib_dynfuse import __version__
 from lib_dynfuse.core.strategies import strategies
@@ -35,6 +39,10 @@ def test_the_schema_is_json_and_names_every_option_and_rule():
     balance = next(option for option in schema["options"] if option["name"] == "balance")
     assert (balance["type"], balance["minimum"], balance["maximum"]) == ("number", -1, 1)
     assert balance["infotext"] == "DynFuse balance"
+    pictures = next(option for option in schema["options"] if option["name"] == "subject_references")
+    assert (pictures["type"], pictures["default"]) == ("array", [])
+    mode = next(option for option in schema["options"] if option["name"] == "nudge_mode")
+    assert (mode["type"], mode["choices"]) == ("string", ["x0", "adam", "xt"])
     soft = next(rule for rule in schema["rules"] if rule["name"] == "kl-soft")
     assert "softness" in [parameter["name"] for parameter in soft["parameters"]]
 
@@ -60,6 +68,8 @@ def test_a_request_that_says_nothing_to_us_is_no_matter_of_ours(body: Any):
         ({"args": [{"balance": 3}]}, ["balance", "-1 to 1"]),
         ({"args": [{"sample_tokens": 64.5}]}, ["sample_tokens", "0 to 4096"]),
         ({"args": [True, "kll"]}, ["'kll'", "kl-token"]),
+        ({"args": [{"nudge": True, "nudge_mode": "xy"}]}, ["nudge_mode", "x0, adam, xt"]),
+        ({"args": [{"subject_references": [{"image": "fox"}]}]}, ["subject_references", "is no picture"]),
         ({"args": [None] * (len(ORDER) + 1)}, [f"{len(ORDER) + 1} arguments"]),
         ({"args": [{"enabled": True}, "js"]}, ["args", "nothing may follow"]),
         ({"args": {"enabled": True}}, ["args", "a list is wanted"]),
@@ -73,6 +83,31 @@ def test_wrong_arguments_are_named_with_what_is_allowed(entry: Any, words: list[
     assert "\n" not in said
     for word in words:
         assert word in said
+
+
+@pytest.fixture
+def picture() -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (4, 4), "red").save(file, format="PNG")
+    return file.getvalue()
+
+
+def test_reference_pictures_may_be_paths_base64_and_data_urls(picture: bytes, tmp_path: Path):
+    file = tmp_path / "fox.png"
+    file.write_bytes(picture)
+    text = base64.b64encode(picture).decode()
+    given = [str(file), text, f"data:image/png;base64,{text}"]
+    entry = {"args": [{"nudge": True, "subject_references": given, "style_references": text}]}
+    assert api.wrong_arguments(request(entry)) == ""
+
+
+def test_a_reference_picture_that_cannot_be_read_is_named(picture: bytes, tmp_path: Path):
+    text = base64.b64encode(picture).decode()
+    for wrong in (str(tmp_path / "none.png"), text[:40], base64.b64encode(b"no picture").decode(), "data:text/plain,a"):
+        said = api.wrong_arguments(request({"args": [{"style_references": [text, wrong]}]}))
+        assert said.startswith("alwayson_scripts.DynFuse: style_references: ")
+        assert wrong[:40] in said
+        assert "\n" not in said
 
 
 def test_the_trace_is_the_last_record_as_json():

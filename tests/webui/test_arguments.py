@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -55,6 +57,26 @@ def test_a_rules_own_parameters_are_text_or_a_dict(given: Any):
 
 
 @pytest.mark.parametrize(
+    ("given", "read"),
+    [
+        (None, []),
+        ([], []),
+        (["fox.png", "data:image/png;base64,AAAA"], ["fox.png", "data:image/png;base64,AAAA"]),
+        ("fox.png", ["fox.png"]),
+        (Path("in/fox.png"), [str(Path("in/fox.png"))]),
+        ([SimpleNamespace(name="/tmp/fox.png", orig_name="fox.png"), "b.png"], ["/tmp/fox.png", "b.png"]),
+        (SimpleNamespace(name="/tmp/fox.png"), ["/tmp/fox.png"]),
+    ],
+)
+def test_pictures_are_paths_or_texts_or_the_files_of_either_gradio(given: Any, read: list[str]):
+    options = read_arguments([{"subject_references": given}])
+    assert options.subject_references == read
+    panel = [None] * len(ORDER)
+    panel[ORDER.index("style_references")] = given
+    assert read_arguments(panel).style_references == read
+
+
+@pytest.mark.parametrize(
     ("args", "words"),
     [
         ([{"blance": 1}], ["blance", "did you mean balance?"]),
@@ -68,6 +90,8 @@ def test_a_rules_own_parameters_are_text_or_a_dict(given: Any):
         ([{"parameters": "softness"}], ["parameters", "'softness' is not name=value"]),
         ([{"parameters": "softness=1, softness=2"}], ["parameters", "softness is given twice"]),
         ([{"parameters": "softness=1"}], ["'kl'", "'softness'"]),
+        ([{"subject_references": 3}], ["subject_references", "3 is no picture"]),
+        ([{"style_references": ["a.png", None]}], ["style_references", "None is no picture"]),
     ],
 )
 def test_what_is_not_allowed_is_refused_by_name_with_what_is(args: list[Any], words: list[str]):

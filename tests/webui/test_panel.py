@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -12,7 +13,8 @@ import pytest
 
 from lib_dynfuse.core.strategies import strategies
 from lib_dynfuse.options import FIELDS, Options
-from lib_dynfuse.webui.arguments import ORDER, read_arguments
+from lib_dynfuse.webui import panel as panels
+from lib_dynfuse.webui.arguments import ORDER, PICTURES, read_arguments
 from lib_dynfuse.webui.panel import Panel, build, keep_known, own_parameters, parameters_hint, rule_has
 
 
@@ -36,8 +38,15 @@ def gradio(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
     for name in ("Row", "Column", "Accordion"):
         setattr(fake, name, block)
-    for name in ("HTML", "Textbox", "Checkbox"):
+    fake.said = []
+    for name in ("Textbox", "Checkbox", "File"):
         setattr(fake, name, lambda value, kind=name, **given: Remembered(kind=kind, value=value, **given))
+
+    def text(value: str, **given: Any) -> Remembered:
+        fake.said.append(value)
+        return Remembered(kind="HTML", value=value, **given)
+
+    fake.HTML = text
     fake.Dropdown = lambda choices, **given: Remembered(kind="Dropdown", choices=choices, **given)
     fake.Slider = lambda low, high, **given: Remembered(kind="Slider", minimum=low, maximum=high, **given)
     fake.update = lambda **changes: changes
@@ -57,7 +66,7 @@ def test_every_option_has_one_input_with_its_label_range_and_default(panel: Pane
     for option in FIELDS:
         made = by_name[option.name]
         assert (made.label, made.elem_id) == (option.label, f"id_{option.name}")
-        assert made.value == ("" if option.name == "parameters" else option.default)
+        assert made.value == {"parameters": "", **dict.fromkeys(PICTURES)}.get(option.name, option.default)
         if option.minimum is not None:
             assert (made.minimum, made.maximum) == (option.minimum, option.maximum)
 
@@ -73,10 +82,44 @@ def test_a_whole_number_moves_in_whole_steps(panel: Panel) -> None:
 
 
 def test_every_input_is_filled_from_an_infotext(panel: Panel) -> None:
-    assert [made for made, _ in panel.infotext_fields] == panel.components
+    # Files cannot be copied to the other tab, and an infotext has none.
+    files = [panel.components[ORDER.index(name)] for name in PICTURES]
+    assert [made for made, _ in panel.infotext_fields] == [made for made in panel.components if made not in files]
     assert panel.paste_field_names == [target for _, target in panel.infotext_fields]
     balance = ORDER.index("balance")
     assert panel.infotext_fields[balance][1]({"DynFuse": "0.1.0", "DynFuse balance": "0.25"}) == 0.25
+
+
+def test_several_pictures_of_each_role_can_be_given(panel: Panel) -> None:
+    for name in PICTURES:
+        made = panel.components[ORDER.index(name)]
+        assert (made.kind, made.file_count, made.file_types) == ("File", "multiple", ["image"])
+
+
+def test_the_script_finds_what_decides_over_the_rest_by_its_class(panel: Panel) -> None:
+    script = (Path(__file__).parents[2] / "javascript" / "dynfuse.js").read_text(encoding="utf-8")
+    for name in ("nudge", "score", "keep_best"):
+        assert panel.components[ORDER.index(name)].elem_classes == [f"dynfuse-{name}"]
+    assert 'ticked("nudge")' in script
+    assert 'ticked("score")' in script
+    assert ".dynfuse-keep_best" in script
+
+
+@pytest.mark.parametrize(("why", "lines"), [("", 0), ("it works in place & more", 1)])
+def test_a_host_that_cannot_nudge_through_its_unet_says_why(
+    gradio: ModuleType, monkeypatch: pytest.MonkeyPatch, why: str, lines: int
+) -> None:
+    monkeypatch.setattr(panels, "detect", lambda: SimpleNamespace(no_xt=why))
+    build(False, str)
+    said = [text for text in gradio.said if "xt is not possible here" in text]
+    assert len(said) == lines
+    assert all("it works in place &amp; more" in text for text in said)
+
+
+def test_a_host_that_does_not_say_can(gradio: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(panels, "detect", lambda: SimpleNamespace())
+    build(False, str)
+    assert not [text for text in gradio.said if "xt" in text]
 
 
 @pytest.mark.parametrize("rule", strategies())

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from lib_dynfuse.core.strategies import Parameter, strategies
 from lib_dynfuse.infotext import infotext
-from lib_dynfuse.options import FIELDS, Options
+from lib_dynfuse.options import FIELDS, WINDOWS, Options
 from lib_dynfuse.webui.arguments import read_arguments
-from lib_dynfuse.webui.infotext import fields_from_infotext, paste_value
+from lib_dynfuse.webui.infotext import NOT_PASTED, fields_from_infotext, paste_value
 
 # The WebUI's own reader of an infotext's last line (modules/infotext_utils.py).
 WEBUI_PAIR = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
@@ -40,6 +40,8 @@ def allowed(entry: Any) -> st.SearchStrategy[Any]:
         return st.booleans()
     if entry.choices:
         return st.sampled_from(entry.choices)
+    if isinstance(entry.default, str):
+        return st.text('abcXYZ019-_.:/ ,\\"', min_size=1).map(str.strip).filter(lambda text: text.strip('"'))
     kind = st.integers if isinstance(entry.default, int) else st.floats
     return kind(entry.minimum, entry.maximum)
 
@@ -50,11 +52,14 @@ def own(rule: str) -> list[Parameter]:
 
 @st.composite
 def any_options(draw: st.DrawFn) -> Options:
-    values = {option.name: draw(allowed(option)) for option in FIELDS if option.name not in ("parameters", "trace")}
-    values["start"], values["stop"] = sorted((values["start"], values["stop"]))
+    values = {option.name: draw(allowed(option)) for option in FIELDS if option.name not in ("parameters", *NOT_PASTED)}
+    for start, stop in WINDOWS:
+        values[start], values[stop] = sorted((values[start], values[stop]))
     parameters = {one.name: draw(allowed(one)) for one in own(values["strategy"])}
     chosen = draw(st.sets(st.sampled_from(sorted(parameters)))) if parameters else set()
-    return Options.read({**values, "enabled": True, "parameters": {name: parameters[name] for name in chosen}})
+    options = Options.read({**values, "enabled": True, "parameters": {name: parameters[name] for name in chosen}})
+    # What does nothing without nudges is not told.
+    return Options(**{option.name: getattr(options, option.name) for option in FIELDS if options.matters(option.name)})
 
 
 @given(any_options())
@@ -75,19 +80,36 @@ def test_values_have_the_type_of_the_panels_component(options: Options):
     params = written(options)
     for option in FIELDS:
         value = paste_value(option.name)(params)
-        if option.name == "trace":
+        if option.name in NOT_PASTED or not options.matters(option.name):
             assert value is None
         else:
             assert type(value) is (str if option.name == "parameters" else type(option.default))
 
 
 def test_what_is_at_its_default_is_set_back_to_it():
-    values = fields_from_infotext(written(Options(enabled=True, balance=0.5)))
-    assert values == {
-        option.name: {"enabled": True, "balance": 0.5}.get(option.name, option.default)
-        for option in FIELDS
-        if option.name != "trace"
+    options = Options(enabled=True, balance=0.5, nudge=True)
+    assert fields_from_infotext(written(options)) == {
+        option.name: getattr(options, option.name) for option in FIELDS if option.name not in NOT_PASTED
     }
+
+
+def test_a_picture_made_without_nudges_switches_them_off_and_leaves_encoders_and_pictures():
+    values = fields_from_infotext(written(Options(enabled=True, clip="mine", nudge_strength=1.0)))
+    assert values["nudge"] is False
+    assert not {"clip", "dino", "references", "nudge_strength", "weight_clip_text"} & set(values)
+
+
+def test_what_pictures_were_scored_with_is_pasted_and_whether_they_are_scored_is_not():
+    values = fields_from_infotext(written(Options(enabled=True, score=True, clip="mine", keep_best=2)))
+    assert (values["nudge"], values["clip"]) == (False, "mine")
+    assert not {"score", "keep_best", "dino"} & set(values)
+
+
+def test_reference_pictures_are_named_and_not_pasted():
+    params = written(Options(enabled=True, nudge=True, subject_references=["a", "b"], style_references=["c"]))
+    assert params["DynFuse subject references"].startswith("2 pictures ")
+    assert Options.read(fields_from_infotext(params)) == Options(enabled=True, nudge=True)
+    assert paste_value("subject_references")(params) is None
 
 
 def test_a_picture_made_without_us_switches_us_off_and_leaves_the_rest():
@@ -119,6 +141,12 @@ def test_the_same_option_has_the_same_function_in_both_tabs():
 def test_what_a_newer_version_wrote_is_left_at_its_default_and_the_rest_is_read(newer: dict[str, str]):
     params = {"DynFuse": "99.0.0", "DynFuse schedule": "0.5", **newer}
     assert Options.read(fields_from_infotext(params)) == Options(enabled=True, schedule=0.5)
+
+
+@pytest.mark.parametrize(("start", "stop"), [(0.8, 0.9), (0.1, 0.2), (0.3, 0.3), (0.0, 1.0)])
+def test_a_nudges_window_comes_back_wherever_it_lies(start: float, stop: float):
+    options = Options(enabled=True, nudge=True, nudge_start=start, nudge_stop=stop)
+    assert Options.read(fields_from_infotext(written(options))) == options
 
 
 def test_an_empty_step_window_is_not_pasted():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -53,7 +54,8 @@ def opts(monkeypatch: pytest.MonkeyPatch) -> Iterator[Opts]:
     found = Opts({})
     modules, gradio = ModuleType("modules"), ModuleType("gradio")
     modules.shared = SimpleNamespace(opts=found, OptionInfo=OptionInfo)  # type: ignore[attr-defined]
-    gradio.Radio, gradio.Textbox = "radio", "textbox"  # type: ignore[attr-defined]
+    modules.paths = SimpleNamespace(models_path="/webui/models")  # type: ignore[attr-defined]
+    gradio.Radio, gradio.Textbox, gradio.Checkbox = "radio", "textbox", "checkbox"  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "modules", modules)
     monkeypatch.setitem(sys.modules, "gradio", gradio)
     logger = logging.getLogger("lib_dynfuse")
@@ -65,12 +67,14 @@ def opts(monkeypatch: pytest.MonkeyPatch) -> Iterator[Opts]:
 def test_every_setting_is_on_our_page_with_its_help(opts: Opts):
     settings.on_ui_settings()
     assert list(opts.data_labels) == [
-        "dynfuse_encoder_folder", "dynfuse_guidance_device", "dynfuse_guidance_dtype", "dynfuse_log_level",
+        "dynfuse_encoder_folder", "dynfuse_guidance_device", "dynfuse_guidance_dtype", "dynfuse_encoders_rest",
+        "dynfuse_log_level",
     ]  # fmt: skip
     for info in opts.data_labels.values():
         assert info.section == ("dynfuse", "Dynamic LoRA Fusion")
         assert info.comment
-        assert info.component == ("radio" if info.args else "textbox")
+        kind = "checkbox" if info.default is True else "textbox"
+        assert info.component == ("radio" if info.args else kind)
 
 
 def test_a_value_is_the_stored_one_or_the_default(opts: Opts):
@@ -85,6 +89,22 @@ def test_a_value_is_the_stored_one_or_the_default(opts: Opts):
 def test_a_stored_value_that_is_not_allowed_is_not_used(opts: Opts, stored: Any):
     opts.data["dynfuse_guidance_dtype"] = stored
     assert settings.value("dynfuse_guidance_dtype") == "auto"
+
+
+@pytest.mark.parametrize(("stored", "on"), [(True, True), (False, False), ("no", True), (None, True)])
+def test_a_switch_is_as_stored_or_as_its_default(opts: Opts, stored: Any, on: bool):
+    assert settings.is_on(settings.ENCODERS_REST)
+    opts.data[settings.ENCODERS_REST] = stored
+    assert settings.is_on(settings.ENCODERS_REST) is on
+
+
+@pytest.mark.parametrize(
+    ("stored", "folder"),
+    [("", "/webui/models/dynfuse"), ("  ", "/webui/models/dynfuse"), ("/encoders", "/encoders"), ("~/e", "~/e")],
+)
+def test_encoders_are_looked_for_in_the_webuis_models_where_nothing_else_is_named(opts: Opts, stored: str, folder: str):
+    opts.data[settings.ENCODER_FOLDER] = stored
+    assert settings.encoder_folder() == Path(folder).expanduser()
 
 
 def test_the_log_level_is_applied_at_the_start_and_when_it_changes(opts: Opts):

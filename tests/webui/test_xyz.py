@@ -56,6 +56,7 @@ def test_a_host_without_the_plot_is_no_error():
 def test_switches_and_rules_offer_their_choices():
     assert axes()["[DynFuse] Enabled"].choices() == ["on", "off"]
     assert axes()["[DynFuse] Rule"].choices()[:2] == ["sum", "kl"]
+    assert axes()["[DynFuse] Way of nudging"].choices() == ["x0", "adam", "xt"]
     assert axes()["[DynFuse] Temperature"].choices is None
 
 
@@ -70,6 +71,16 @@ def test_switches_and_rules_offer_their_choices():
         ("Until", "0.5", {"stop": 0.5}),
         ("Rule's own parameters", "softness=2; standardise=on", {"parameters": {"softness": 2, "standardise": True}}),
         ("Show what was chosen", "on", {"trace": True}),
+        ("Nudge towards references", "on", {"nudge": True}),
+        ("Way of nudging", "adam", {"nudge_mode": "adam"}),
+        ("Nudge strength", "0.4", {"nudge_strength": 0.4}),
+        ("Nudge from", "0.8", {"nudge_start": 0.8}),
+        ("Nudge every", "2", {"nudge_every": 2}),
+        ("Nudge decoder", "linear", {"nudge_decoder": "linear"}),
+        ("Weight of CLIP, prompt", "0.5", {"weight_clip_text": 0.5}),
+        ("DINO", "none", {"dino": "none"}),
+        ("Style pictures", " ink/one.png ", {"style_references": ["ink/one.png"]}),
+        ("Style pictures", "", {"style_references": []}),
     ],
 )
 def test_an_axis_sets_its_option_and_no_other(label: str, text: str, expected: dict[str, Any]):
@@ -103,6 +114,7 @@ def test_a_cell_leaves_no_trace_on_the_next_nor_on_the_whole():
         ("Rule", "kll", ["'kll'", "kl-token"]),
         ("Subject to style", "2", ["balance", "-1 to 1"]),
         ("Decide every", "0", ["decide_every", "1 to 100"]),
+        ("Nudge decoder", "full", ["nudge_decoder", "taesd, vae, linear"]),
         ("Rule's own parameters", "softness", ["parameters", "name=value"]),
         ("Rule's own parameters", "mind=3", ["parameters", "'mind'", "softness"]),
     ],

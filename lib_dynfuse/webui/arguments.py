@@ -19,9 +19,9 @@ SWITCH = {"on": True, "true": True, "off": False, "false": False}
 def read_arguments(args: Sequence[Any], overrides: Mapping[str, Any] | None = None) -> Options:
     """The options of one generation.
 
-    args: a single dict of options by name; or values in `ORDER`, of which the last may be missing and None means the
-        default; or nothing. The WebUI puts the panel's defaults behind what the API was given, so a dict in the first
-        place wins and what follows it is ignored.
+    args: a single dict of options by name; or values in `ORDER`, of which the last may be missing and None or an
+        emptied box means the default; or nothing. The WebUI puts the panel's defaults behind what the API was given,
+        so a dict in the first place wins and what follows it is ignored.
     overrides: options that take the place of those in `args`, as an XYZ axis sets them.
 
     Raises OptionsError that names every wrong option and what is allowed.
@@ -59,7 +59,7 @@ def _by_name(args: Sequence[Any]) -> dict[str, Any]:
         return dict(args[0])
     if len(args) > len(ORDER):
         raise OptionsError(f"{len(args)} arguments, at most {len(ORDER)} are allowed: {', '.join(ORDER)}")
-    return {name: value for name, value in zip(ORDER, args, strict=False) if value is not None}
+    return {name: value for name, value in zip(ORDER, args, strict=False) if value is not None and value != ""}
 
 
 def parse_parameters(text: str) -> dict[str, Any]:

@@ -37,8 +37,10 @@ def test_a_list_follows_the_panel_and_may_be_short():
     assert read_arguments(DEFAULTS) == Options()
 
 
-def test_none_in_a_list_is_the_default():
-    assert read_arguments([True, None, 0.5]) == Options(enabled=True, balance=0.5)
+@pytest.mark.parametrize("nothing", [None, ""])
+def test_none_or_an_emptied_box_in_a_list_is_the_default(nothing: Any):
+    assert read_arguments([True, nothing, 0.5]) == Options(enabled=True, balance=0.5)
+    assert read_arguments([True, *[nothing] * (len(ORDER) - 1)]) == Options(enabled=True)
 
 
 def test_a_list_that_is_too_long_is_refused():

@@ -221,24 +221,25 @@ def _made(p: Any, role: Role, batch: Sequence[_Picture], number: int, count: int
     from modules.processing import process_images
 
     state = shared.state
-    if _stopped(state) or getattr(state, "stopping_generation", False):
-        raise _not_made(role, "interrupted")
+    if why := _stopped(state) or ("interrupted" if getattr(state, "stopping_generation", False) else ""):
+        raise _not_made(role, why)
     state.textinfo = f"DynFuse: the {role.value}'s LoRA alone, batch {number + 1} of {count}"
     with closing(_processing(p, batch)) as inner:
         try:
             processed = process_images(inner)
         except Exception:
-            if _stopped(state):  # before the first step there is no picture that could be decoded
-                raise _not_made(role, "interrupted") from None
+            if why := _stopped(state):  # before the first step there is no picture that could be decoded
+                raise _not_made(role, why) from None
             raise
-    if _stopped(state):  # the pictures may be half done
-        raise _not_made(role, "interrupted")
+    if why := _stopped(state):  # the pictures may be half done
+        raise _not_made(role, why)
     first = processed.index_of_first_image
     return [_tensor(image) for image in processed.images[first : first + len(batch)]]
 
 
-def _stopped(state: Any) -> bool:
-    return bool(state.interrupted or state.skipped)
+def _stopped(state: Any) -> str:
+    """What somebody did to the pictures under way, empty where nobody did."""
+    return "interrupted" if state.interrupted else "skipped" if state.skipped else ""
 
 
 def _processing(p: Any, batch: Sequence[_Picture]) -> Any:

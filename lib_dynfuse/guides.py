@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lib_dynfuse.core.types import Role
 from lib_dynfuse.guidance.decoders import Decoder
 from lib_dynfuse.guidance.guide import Guide
 from lib_dynfuse.guidance.libraries import EncoderError
@@ -76,8 +77,7 @@ class Guidance:
 
 def prepare(
     options: Options,
-    subject: Pictures | Each | None,
-    style: Pictures | Each | None,
+    references: Callable[[Role], Pictures | Each | None],
     prompts: Sequence[str],
     folder: Path | None,
     device: torch.device | str,
@@ -86,28 +86,32 @@ def prepare(
 ) -> Guidance | None:
     """Load what the options need, or find it again. What is missing is told and its terms are left out.
 
-    `subject`, `style`: the references; `prompts`: one for all pictures or one for each, without LoRA tags; `folder`:
-    where encoders are looked for first, as models/dynfuse. Returns None where nothing is left to compare with, or no
-    memory to do it.
+    `references`: finds a role's, or makes them, and is asked only once there are encoders to see them; what it raises
+    is passed on. `prompts`: one for all pictures or one for each, without LoRA tags; `folder`: where encoders are
+    looked for first, as models/dynfuse. Returns None where nothing is left to compare with, or no memory to do it.
     """
     weights = weights_of(options)
     if options.nudge and not any(getattr(weights, term) for term in TERMS):
         tell("not nudged: the weights of all terms are 0")
         return None
+    clip, dino = _encoders(options, weights, folder, device, dtype, tell)
+    if clip is None and dino is None:
+        _say_nothing_left(options, tell)
+        return None
+    found = {role: references(role) for role in Role}
     try:
-        clip, dino = _encoders(options, weights, folder, device, dtype, tell)
         texts = list(prompts) if clip is not None else None
+        subject, style = found[Role.SUBJECT], found[Role.STYLE]
         objective = Objective(clip, dino, subject, style, texts, weights, options.nudge_cutouts)
     except ValueError:
         _say_nothing_left(options, tell)
         return None
     except (MemoryError, RuntimeError) as error:  # of the allocators
-        tell(f"not nudged: CLIP and DINO could not be prepared ({' '.join(str(error).split())[:160]})")
+        tell(f"not nudged: CLIP and DINO could not look at the references ({' '.join(str(error).split())[:160]})")
         return None
-    missing = [role for role, pictures in (("subject", subject), ("style", style)) if pictures is None]
-    for role in missing:
-        if any(getattr(weights, term) for term in TERMS if term.endswith(role)):
-            tell(f"there is no picture of the {role} to go by: its terms are left out")
+    for role, pictures in found.items():
+        if pictures is None and any(getattr(weights, term) for term in TERMS if term.endswith(role.value)):
+            tell(f"there is no picture of the {role.value} to go by: its terms are left out")
     if options.nudge and not objective.terms:
         _say_nothing_left(options, tell)
     nudge = nudge_of(options) if options.nudge and objective.terms else None
@@ -146,6 +150,8 @@ def _encoders(
             found[name] = _kept_or((name, where, folder, dtype), device, partial(load, where, folder, device, dtype))
         except EncoderError as error:
             tell(f"{error}; its terms are left out")
+        except (MemoryError, RuntimeError) as error:  # of the allocators
+            tell(f"{name.upper()} could not be loaded ({' '.join(str(error).split())[:160]}); its terms are left out")
     return found["clip"], found["dino"]
 
 

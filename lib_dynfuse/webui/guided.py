@@ -15,7 +15,6 @@ from lib_dynfuse.guidance.decoders import Decoder
 from lib_dynfuse.guidance.guide import Guide
 from lib_dynfuse.guidance.objectives import Each, Pictures
 from lib_dynfuse.guidance.references import PictureError, collect
-from lib_dynfuse.guidance.scores import LABELS
 from lib_dynfuse.guides import Guidance, prepare
 from lib_dynfuse.hosts.base import Host
 from lib_dynfuse.hosts.reading import read_tags
@@ -23,7 +22,6 @@ from lib_dynfuse.options import Options
 from lib_dynfuse.roles import strip_tags
 from lib_dynfuse.webui import alone, settings
 
-HARMONIC = "harmonic_mean"
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -59,20 +57,18 @@ def begin(p: Any, options: Options, host: Host, tell: Callable[[str], None]) -> 
     May generate pictures of each LoRA alone; None where nothing is left to nudge or to score by.
     """
     try:
-        found = {role: _references(p, options, role, tell) for role in Role}
+        guidance = prepare(
+            options,
+            lambda role: _references(p, options, role),
+            [strip_tags(prompt) for prompt in p.all_prompts],
+            settings.encoder_folder(),
+            _device(),
+            _dtype(),
+            tell,
+        )
     except (PictureError, DynFuseError) as error:
         tell(f"not nudged: {error}" if options.nudge else f"not scored: {error}")
         return None
-    guidance = prepare(
-        options,
-        found[Role.SUBJECT],
-        found[Role.STYLE],
-        [strip_tags(prompt) for prompt in p.all_prompts],
-        settings.encoder_folder(),
-        _device(),
-        _dtype(),
-        tell,
-    )
     if guidance is None:
         return None
     if guidance.nudge is not None and guidance.nudge.mode == "xt" and host.no_xt:
@@ -86,7 +82,7 @@ def begin(p: Any, options: Options, host: Host, tell: Callable[[str], None]) -> 
     return Guided(guidance, decoder)
 
 
-def _references(p: Any, options: Options, role: Role, tell: Callable[[str], None]) -> Pictures | Each | None:
+def _references(p: Any, options: Options, role: Role) -> Pictures | Each | None:
     given = options.subject_references if role is Role.SUBJECT else options.style_references
     pictures, _ = collect(
         options.references,
@@ -123,18 +119,3 @@ def _dtype() -> torch.dtype:
     own: torch.dtype = devices.dtype_unet
     half = own in (torch.float16, torch.bfloat16) and _device().type != "cpu"
     return own if half else torch.float32
-
-
-def as_text(scores: dict[str, float]) -> str:
-    """One picture's scores, for its infotext."""
-    names = {**LABELS, HARMONIC: "harmonic mean"}
-    return ", ".join(f"{names[name]} {value:.4f}" for name, value in scores.items())
-
-
-def best(scores: Sequence[dict[str, float]], count: int) -> list[int]:
-    """The places of the `count` pictures with the highest harmonic means, in their old order; all where it is not
-    known of each."""
-    if not 0 < count < len(scores) or any(HARMONIC not in one for one in scores):
-        return list(range(len(scores)))
-    ranked = sorted(range(len(scores)), key=lambda place: -scores[place][HARMONIC])
-    return sorted(ranked[:count])

@@ -1,9 +1,12 @@
-"""What every test shares: one thread, repeatable hypothesis, a torchvision that can be imported beside a CPU torch."""
+"""What every test shares: one thread, repeatable hypothesis, Triton interpreted, a torchvision that can be imported."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
+
+# Kernels run through Triton's interpreter, which has to be asked for before anything imports Triton.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
 import torch

@@ -19,7 +19,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lib_dynfuse.core import devices
+from lib_dynfuse.core import devices, kernels
+from lib_dynfuse.core.packed import Product
 
 Divergence = Callable[..., Tensor]
 
@@ -27,6 +28,8 @@ Divergence = Callable[..., Tensor]
 _SERIES_BELOW = 0.25
 _LN2 = math.log(2.0)
 _CUMULANTS_BELOW = 1 / 16
+# How many elements of a delta that has not been computed are looked at together by those who need it.
+_STRETCH = 1 << 22
 # The base's largest power is 1: float32 has room for 2 to this, times channels, and for 2 to minus this.
 _POWERS_WITHIN = 64.0
 
@@ -63,12 +66,14 @@ def kl_divergence(base: Tensor, delta: Tensor, temperature: float = 1.0, dim: in
 
 
 @torch.no_grad()
-def js_divergence(base: Tensor, delta: Tensor, temperature: float = 1.0, dim: int = -1) -> Tensor:
+def js_divergence(base: Tensor, delta: Tensor | Product, temperature: float = 1.0, dim: int = -1) -> Tensor:
     """Jensen-Shannon divergence between adapted and base features, per token; arguments and result as `kl_divergence`.
 
     Bounded by log 2. Small differences go through sum (p - p0) u / 4 - (p + p0) log cosh(u / 2) / 2, which again has no
     first-order terms to cancel.
     """
+    if isinstance(delta, Product):
+        return _in_stretches(js_divergence, base, delta, temperature)
     p, p0, u = _log_ratio(base, delta, temperature, dim)
     near = u.clamp(-1.0, 1.0)
     log_cosh = torch.log1p(2.0 * torch.sinh(near / 4).square())
@@ -79,15 +84,23 @@ def js_divergence(base: Tensor, delta: Tensor, temperature: float = 1.0, dim: in
 
 
 @torch.no_grad()
-def cosine_distance(base: Tensor, delta: Tensor, temperature: float = 1.0, dim: int = -1) -> Tensor:
+def cosine_distance(base: Tensor, delta: Tensor | Product, temperature: float = 1.0, dim: int = -1) -> Tensor:
     """1 - cos(base + delta, base), per token, in [0, 2]; `temperature` has no effect on an angle.
 
     Computed as half the squared distance of the unit vectors, which does not cancel for small deltas.
     """
+    if isinstance(delta, Product):
+        return _in_stretches(cosine_distance, base, delta, temperature)
     y = base.detach().float()
     a = torch.nn.functional.normalize(y + delta.detach().float(), dim=dim, eps=1e-20)
     b = torch.nn.functional.normalize(y, dim=dim, eps=1e-20)
     return (a - b).square().sum(dim) / 2
+
+
+def _in_stretches(divergence: Divergence, base: Tensor, delta: Product, temperature: float) -> Tensor:
+    """Of a delta that has not been computed, [B, T]: some tokens after others."""
+    found = [divergence(*stretch, temperature) for stretch in delta.stretches(base, _STRETCH)]
+    return torch.cat(found).view(base.shape[:-1])
 
 
 DIVERGENCES: dict[str, Divergence] = {"kl": kl_divergence, "js": js_divergence, "cosine": cosine_distance}
@@ -121,8 +134,8 @@ class Workspace:
 @torch.no_grad()
 def kl_pair(
     base: Tensor,
-    first: Tensor,
-    second: Tensor,
+    first: Tensor | Product,
+    second: Tensor | Product,
     temperature: float = 1.0,
     dim: int = -1,
     work: Workspace | None = None,
@@ -135,9 +148,14 @@ def kl_pair(
     cumulants are taken, within 2e-5 relative; elsewhere the closed form, which leaves an absolute error of a few times
     1e-7 * max(1, |delta|). On a CPU all tokens of an item take the same of the two, on other devices each token its
     own. `items` says how many batch items follow one another in token-major features, with as many tokens each: what
-    comes out for one of them does not depend on the others.
+    comes out for one of them does not depend on the others. Two deltas that have not been computed, with a base
+    [B, T, C], go to the fused kernels and come back as [B, T].
     """
     work = work or Workspace()
+    if isinstance(first, Product) or isinstance(second, Product):
+        assert isinstance(first, Product)
+        assert isinstance(second, Product)
+        return _kl_products(base, first, second, temperature, work)
     if not devices.readable(base.device):
         pair = _Pair(base, temperature, dim, work)
         return pair.token_by_token(first), pair.token_by_token(second)
@@ -149,6 +167,18 @@ def kl_pair(
         return torch.cat([one for one, _ in found]), torch.cat([other for _, other in found])
     pair = _Pair(base, temperature, dim, work)
     return pair.divergence(first, max(largest[0])), pair.divergence(second, max(largest[1]))
+
+
+def _kl_products(
+    base: Tensor, first: Product, second: Product, temperature: float, work: Workspace
+) -> tuple[Tensor, Tensor]:
+    found = kernels.kl_pair(base, first, second, temperature)
+    if found is not None:
+        return found
+    stretches = zip(first.stretches(base, _STRETCH), second.stretches(base, _STRETCH), strict=True)
+    each = [kl_pair(here, one, other, temperature, -1, work) for (here, one), (_, other) in stretches]
+    shape = base.shape[:-1]
+    return torch.cat([one for one, _ in each]).view(shape), torch.cat([other for _, other in each]).view(shape)
 
 
 def _largest(delta: Tensor, items: int) -> list[float]:

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from lib_dynfuse.core import devices
+from lib_dynfuse.core import devices, kernels
 from lib_dynfuse.core.delta import Delta
-from lib_dynfuse.core.packed import Packed, add_product, as_tokens
+from lib_dynfuse.core.packed import Packed, Product, add_product, as_tokens
 from lib_dynfuse.core.rules import Features, Selection
 
 
@@ -155,6 +155,13 @@ class PackedWork(Work):
         packed, items = self._packed, self._items(rows)
         y = self.tokens[items]
         index = self._places(sampled)
+        if kernels.usable(self.tokens):
+            hidden = self._both_hidden()[items]
+            if index is not None:
+                y, hidden = _picked(y, index), _picked(hidden, index)
+            products = [Product(hidden[..., packed.columns(role)], packed.up(role)) for role in (0, 1)]
+            yield Features(y, products[0], products[1], -1, y.shape[0])
+            return
         if index is not None and self._winners_only and self.size is None:
             hidden = packed.hidden(_picked(as_tokens(self.x, -1)[items], index))
         elif index is not None and self._winners_only and self.size is not None and packed.strides:
@@ -186,6 +193,8 @@ class PackedWork(Work):
         subject, style = selection.subject, selection.style
         packed = self._packed
         if isinstance(subject, Tensor) and isinstance(style, Tensor):
+            if kernels.usable(self.tokens) and self._add_by_kernels(subject, style):
+                return
             if self._winners_only and subject.dtype == torch.bool and subject.dim() == 1:
                 self._add_winners(self._column(subject).flatten().tolist())
             else:
@@ -196,6 +205,10 @@ class PackedWork(Work):
             for role, weight in enumerate((subject, style)):
                 if weight:
                     packed.add(self.tokens, packed.hidden(self.x, role), role, float(weight))
+
+    def _add_by_kernels(self, subject: Tensor, style: Tensor) -> bool:
+        weights = (self._column(weight).squeeze(-1) for weight in (subject, style))
+        return kernels.add(self.tokens, self._both_hidden(), self._packed.up(), self._packed.ranks[0], *weights)
 
     def _add_winners(self, subject_wins: list[bool]) -> None:
         """Each item's winner alone, neighbours with the same winner together."""

@@ -7,11 +7,30 @@ then needs of `d_s = h_s · B_s^T` and `d_t = h_t · B_t^T` is added to the outp
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lib_dynfuse.core.delta import Delta, Factors, Geometry, Scaled, low_rank_factors
+
+
+class Product(NamedTuple):
+    """A delta that has not been computed: hidden [B, T, r] · up [r, C]. For kernels that never write it."""
+
+    hidden: Tensor
+    up: Tensor
+
+    def __truediv__(self, divisor: Tensor) -> Product:
+        """divisor: one number per token, [B, T, 1]."""
+        return Product((self.hidden / divisor).to(self.up.dtype), self.up)
+
+    def stretches(self, base: Tensor, elements: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """(base, delta) of some tokens after others, [n, C] of at most so many elements, or of one token."""
+        step = max(1, elements // base.shape[-1])
+        for item, hidden in zip(base, self.hidden, strict=True):
+            for start in range(0, item.shape[0], step):
+                yield item[start : start + step], hidden[start : start + step] @ self.up
 
 
 class Packed:

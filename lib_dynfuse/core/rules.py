@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lib_dynfuse.core.delta import Delta
 from lib_dynfuse.core.moment import Moment
+from lib_dynfuse.core.packed import Product
 
 Weight = float | Tensor
 
@@ -20,12 +21,12 @@ class Features(NamedTuple):
     """What the divergence rules look at: `base` is y0, the other two are the deltas d_s and d_t, of `n` tokens.
 
     Token-major [n, C] with `dim` -1, or in a convolution's memory order [C, n] with `dim` 0. They are of `items` whole
-    batch items, or of a part of one.
+    batch items, or of a part of one. Where kernels compute with deltas that are never written, base is [B, T, C].
     """
 
     base: Tensor
-    subject: Tensor
-    style: Tensor
+    subject: Tensor | Product
+    style: Tensor | Product
     dim: int
     items: int = 1
 

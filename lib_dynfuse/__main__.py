@@ -9,6 +9,7 @@ import typer
 
 from lib_dynfuse import __version__
 from lib_dynfuse.errors import DynFuseError
+from lib_dynfuse.evaluate.command import evaluate
 from lib_dynfuse.generate import generate, one_clear_line
 from lib_dynfuse.guidance.libraries import skip_missing_operators
 from lib_dynfuse.score import score
@@ -24,6 +25,7 @@ app = typer.Typer(
 )
 app.command()(generate)
 app.command()(score)
+app.command()(evaluate)
 
 
 def _version(wanted: bool) -> None:

@@ -1,0 +1,94 @@
+"""The methods that are compared by name, and how a person writes one of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from lib_dynfuse.errors import DynFuseError
+from lib_dynfuse.generate import assignment
+from lib_dynfuse.options import FIELDS, Options
+
+_OPTIONS = tuple(field.name for field in FIELDS if field.name not in ("enabled", "parameters", "trace"))
+
+
+class Method(NamedTuple):
+    """One way to use both LoRAs: their strengths (0 leaves one out), and how they are fused."""
+
+    label: str
+    options: Options = Options(enabled=False)
+    subject: float = 1.0
+    style: float = 1.0
+
+    @property
+    def strengths(self) -> tuple[float, float]:
+        return self.subject, self.style
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All that makes its pictures, as JSON holds it."""
+        return {"subject": self.subject, "style": self.style, "options": dict(self.options)}
+
+
+def of(label: str, **values: Any) -> Method:
+    """A method from strengths, options and the rule's own parameters, all by name.
+
+    Without a strategy the LoRAs are added as the host does. Raises OptionsError.
+    """
+    subject, style = (float(values.pop(name, 1.0)) for name in ("subject", "style"))
+    options = {name: values.pop(name) for name in _OPTIONS if name in values}
+    given = {"enabled": True, **options, "parameters": values} if options or values else {"enabled": False}
+    return Method(label, Options.read(given), subject, style)
+
+
+# Spelled out, so that a method means the same whatever the defaults are.
+_PLAIN = {"balance": 0.0, "auto_balance": False, "schedule": 0.0, "couple_cfg": False, "temperature": 1.0}
+_EVEN = {**_PLAIN, "auto_balance": True, "couple_cfg": True}
+
+METHODS: dict[str, Method] = {
+    method.label: method
+    for method in (
+        of("subject alone", style=0),
+        of("style alone", subject=0),
+        of("sum", strategy="sum"),
+        of("random", strategy="random"),
+        of("klora", strategy="klora"),
+        of("est", strategy="est"),
+        of("np", strategy="np"),
+        of("switch", strategy="switch"),
+        of("blocks", strategy="blocks"),
+        of("kl", strategy="kl", **_PLAIN),
+        of("kl balanced", strategy="kl", **_EVEN),
+        of("kl-token balanced", strategy="kl-token", **_EVEN),
+    )
+}
+
+
+def chosen(names: str, written: Sequence[str]) -> list[Method]:
+    """Methods by name, commas between them (empty: all, unless some are written), and those that a person wrote.
+
+    Raises DynFuseError for an unknown name, for a label that is there twice, and what `parse` raises.
+    """
+    labels = [name.strip() for name in names.split(",") if name.strip()]
+    if not labels and not written:
+        labels = list(METHODS)
+    for label in labels:
+        if label not in METHODS:
+            raise DynFuseError(f"--methods {label}: there are {', '.join(METHODS)}; write others with --method")
+    found = [*(METHODS[label] for label in labels), *(parse(text) for text in written)]
+    every = [method.label for method in found]
+    if twice := next((label for label in every if every.count(label) > 1), None):
+        raise DynFuseError(f"the method {twice} is there twice")
+    return found
+
+
+def parse(text: str) -> Method:
+    """`LABEL: NAME=VALUE NAME=VALUE ...`: the strengths subject and style, options, the rule's own parameters."""
+    label, colon, rest = text.partition(":")
+    if not label.strip() or not colon:
+        raise DynFuseError(f"--method {text}: write LABEL: NAME=VALUE ..., as in 'sum .7: strategy=sum subject=0.7'")
+    values = dict(assignment(part, f"--method {label.strip()}") for part in rest.split())
+    for name in ("subject", "style"):
+        if not isinstance(values.get(name, 1), (int, float)) or isinstance(values.get(name), bool):
+            raise DynFuseError(f"--method {label.strip()}: {name} is a strength, a number, not {values[name]!r}")
+    return of(label.strip(), **values)

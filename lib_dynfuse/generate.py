@@ -11,20 +11,31 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import numpy as np
 import typer
 
 from lib_dynfuse.errors import DynFuseError
+from lib_dynfuse.guidance.scores import as_text, best
 from lib_dynfuse.infotext import infotext
-from lib_dynfuse.options import FIELDS, Options, OptionsError
+from lib_dynfuse.options import FIELDS, INFOTEXT_KEY, Options, OptionsError
 from lib_dynfuse.output import Batch, check_folder
 from lib_dynfuse.roles import parse_prompt
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lib_dynfuse.guidance.guide import Guide
+    from lib_dynfuse.guides import Guidance
     from lib_dynfuse.trace import Record
 
+SCORES_KEY = f"{INFOTEXT_KEY} scores"
+
 _MODEL, _PICTURE, _RULE = "The model", "The picture", "How LoRAs are fused"
+_NUDGE = "Nudges towards reference pictures, and scores"
 _HELP = {option.name: f"{option.help} ({option.allowed})" for option in FIELDS}
 _DEFAULT = Options()
+TERMS = tuple(option.name.removeprefix("weight_") for option in FIELDS if option.name.startswith("weight_"))
+_WEIGHT_HELP = f"Of one of the terms that pictures are compared by: {', '.join(TERMS)}; may be repeated."
 
 
 def _model(help: str) -> Any:
@@ -37,6 +48,10 @@ def _picture(help: str, min: float | None = None, max: float | None = None) -> A
 
 def _rule(name: str) -> Any:
     return typer.Option(help=_HELP[name], rich_help_panel=_RULE)
+
+
+def _nudge(name: str, *flags: str, help: str = "") -> Any:
+    return typer.Option(*flags, help=help or _HELP[name], rich_help_panel=_NUDGE)
 
 
 @contextmanager
@@ -93,6 +108,30 @@ def generate(
         Path | None, _model("For a checkpoint, offline: a diffusers folder of its kind, for tokenizer and settings.")
     ] = None,
     device: Annotated[str, _model("cuda, mps or cpu; else the best there is.")] = "",
+    nudge: Annotated[bool, _nudge("nudge")] = _DEFAULT.nudge,
+    nudge_mode: Annotated[str, _nudge("nudge_mode")] = _DEFAULT.nudge_mode,
+    nudge_strength: Annotated[float, _nudge("nudge_strength")] = _DEFAULT.nudge_strength,
+    nudge_start: Annotated[float, _nudge("nudge_start")] = _DEFAULT.nudge_start,
+    nudge_stop: Annotated[float, _nudge("nudge_stop")] = _DEFAULT.nudge_stop,
+    nudge_every: Annotated[int, _nudge("nudge_every")] = _DEFAULT.nudge_every,
+    nudge_clamp: Annotated[float, _nudge("nudge_clamp")] = _DEFAULT.nudge_clamp,
+    nudge_decoder: Annotated[str, _nudge("nudge_decoder")] = _DEFAULT.nudge_decoder,
+    nudge_cutouts: Annotated[int, _nudge("nudge_cutouts")] = _DEFAULT.nudge_cutouts,
+    weight: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=VALUE", help=_WEIGHT_HELP, rich_help_panel=_NUDGE)
+    ] = None,
+    clip: Annotated[str, _nudge("clip")] = _DEFAULT.clip,
+    dino: Annotated[str, _nudge("dino")] = _DEFAULT.dino,
+    models: Annotated[
+        Path, _nudge("", help="The folder where CLIP, DINO and the decoder are looked for before the hub.")
+    ] = Path("models/dynfuse"),
+    references: Annotated[str, _nudge("references")] = _DEFAULT.references,
+    subject_reference: Annotated[
+        list[str] | None, _nudge("", help="A picture of the subject; may be repeated.")
+    ] = None,
+    style_reference: Annotated[list[str] | None, _nudge("", help="A picture in the style; may be repeated.")] = None,
+    score: Annotated[bool, _nudge("score")] = _DEFAULT.score,
+    keep_best: Annotated[int, _nudge("keep_best")] = _DEFAULT.keep_best,
 ) -> None:
     """Make pictures from a prompt with LoRA tags.
 
@@ -111,13 +150,36 @@ def generate(
             "decide_every": decide_every,
             "start": start,
             "stop": stop,
+            "nudge": nudge,
+            "nudge_mode": nudge_mode,
+            "nudge_strength": nudge_strength,
+            "nudge_start": nudge_start,
+            "nudge_stop": nudge_stop,
+            "nudge_every": nudge_every,
+            "nudge_clamp": nudge_clamp,
+            "nudge_decoder": nudge_decoder,
+            "nudge_cutouts": nudge_cutouts,
+            "clip": clip,
+            "dino": dino,
+            "references": references,
+            "subject_references": subject_reference or [],
+            "style_references": style_reference or [],
+            "score": score,
+            "keep_best": keep_best,
+            **_weights(weight or []),
         }
         options = Options.read(
             {"enabled": fuse, "trace": trace, "parameters": _assignments(parameters or []), **chosen}
         )
         first = random.SystemRandom().randrange(2**32 - batch) if seed < 0 else seed
+        if options.compares:
+            from lib_dynfuse.compared import check_given
+
+            check_given(options)
         written = _generate(
             _open(model, lora_dir, prompt, out, device, config),
+            model,
+            models,
             options,
             out,
             [first + number for number in range(batch)],
@@ -158,7 +220,15 @@ def quiet_libraries() -> None:
     transformers_logging.disable_progress_bar()
 
 
-def _generate(host: Any, options: Options, out: Path, seeds: Sequence[int], settings: dict[str, Any]) -> list[Path]:
+def _generate(
+    host: Any,
+    model: Path,
+    models: Path,
+    options: Options,
+    out: Path,
+    seeds: Sequence[int],
+    settings: dict[str, Any],
+) -> list[Path]:
     import torch
 
     from lib_dynfuse.trace import Trace
@@ -169,13 +239,16 @@ def _generate(host: Any, options: Options, out: Path, seeds: Sequence[int], sett
             say(f"the rule {options.strategy} has no {name}: it changes nothing")
     trace = Trace(passes=settings["steps"], tokens=options.strategy == "kl-token") if fused and options.trace else None
     try:
-        images = host.generate(options=options, seeds=seeds, trace=trace, progress=True, **settings)
+        guidance, guide = _guide(host, model, models, options, seeds, settings)
+        images = host.generate(options=options, seeds=seeds, trace=trace, guide=guide, progress=True, **settings)
+        scores = guidance.scores(_tensors(images), range(len(images))) if guidance is not None else []
     except torch.cuda.OutOfMemoryError as error:
         raise DynFuseError("the device has not enough memory; a smaller --size or --batch needs less") from error
-    record = trace.read() if trace is not None else None
+    record = _record(trace, guide, options)
     width, height = settings["size"] or host.default_size
-    with Batch(out, list(seeds)) as files:
-        for index, image in enumerate(images):
+    kept = best(scores, options.keep_best) if scores else list(range(len(images)))
+    with Batch(out, [seeds[index] for index in kept]) as files:
+        for place, index in enumerate(kept):
             values = {
                 "Steps": settings["steps"],
                 "Sampler": host.sampler_name(settings["sampler"]),
@@ -183,32 +256,86 @@ def _generate(host: Any, options: Options, out: Path, seeds: Sequence[int], sett
                 "Seed": seeds[index],
                 "Size": f"{width}x{height}",
                 "Model": host.name,
-                **(options.infotext() if fused else {}),
+                **_described(options, fused, guidance is not None),
+                SCORES_KEY: as_text(scores[index]) if scores else None,
             }
-            files.picture(index, image, infotext(settings["prompt"], settings["negative"], values))
-        if record is not None and record.layers:
-            _add_trace(files, record, images)
+            files.picture(place, images[index], infotext(settings["prompt"], settings["negative"], values))
+        if record is not None and (record.layers or record.nudges):
+            _add_trace(files, record, images, kept)
         return files.keep()
 
 
-def _add_trace(files: Batch, record: Record, images: Sequence[Any]) -> None:
-    """What was chosen, as numbers and as a heat map; where, too, for a rule that decides place by place."""
-    import numpy as np
+def _guide(
+    host: Any, model: Path, models: Path, options: Options, seeds: Sequence[int], settings: dict[str, Any]
+) -> tuple[Guidance | None, Guide | None]:
+    """What scores the pictures, and what nudges them; nothing is loaded where neither is wanted."""
+    if not options.compares:
+        return None, None
+    from lib_dynfuse import compared
 
+    guidance = compared.guidance(host, model, options, seeds, settings, models, say)
+    if guidance is None or guidance.nudge is None:
+        return guidance, None
+    return guidance, guidance.guide(range(len(seeds)), seeds, host.decoder(options.nudge_decoder, models))
+
+
+def _record(trace: Any, guide: Guide | None, options: Options) -> Record | None:
+    """What was chosen and how R fell; why nudges were left out is said."""
+    from lib_dynfuse.trace import Record
+
+    record: Record | None = trace.read() if trace is not None else None
+    if guide is None:
+        return record
+    for reason in guide.reasons():
+        say(reason)
+    if record is None and options.trace:
+        record = Record([], [], np.empty((0, 0, 0, 4), np.float32))
+    if record is not None:
+        record.nudges = guide.curve()
+    return record
+
+
+def _described(options: Options, fused: bool, compared: bool) -> dict[str, str]:
+    """The options for a picture's infotext. Where nothing was fused but guidance was at work, the LoRAs were added."""
+    if fused or not compared:
+        return options.infotext() if fused else {}
+    return Options(**{**vars(options), "enabled": True, "strategy": "sum", "parameters": {}}).infotext()
+
+
+def _tensors(images: Sequence[Any]) -> Tensor:
+    """[B, 3, H, W] in 0..1."""
+    import torch
+
+    pixels = np.stack([np.asarray(image.convert("RGB"), dtype=np.float32) for image in images])
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255
+
+
+def _add_trace(files: Batch, record: Record, images: Sequence[Any], kept: Sequence[int]) -> None:
+    """What was chosen, as numbers and as a heat map; where, too, for a rule that decides place by place."""
     from lib_dynfuse.trace.pictures import heat_map, overlay, save
 
     files.file(f"{files.stem(0)}-trace.json", record.to_json)
-    for index, image in enumerate(images):
-        files.file(f"{files.stem(index)}-chosen.png", partial(save, heat_map(record, index)))
+    shares = record.shares()
+    for place, index in enumerate(kept):
+        stem = files.stem(place)
+        files.file(f"{stem}-chosen.png", partial(save, heat_map(record, index)))
         if record.tokens:
-            files.file(f"{files.stem(index)}-where.png", partial(save, overlay(record, index, np.asarray(image))))
-    for index, share in record.shares().items():
-        say(f"picture {files.stem(index)}: subject {share['subject']:.0%}, style {share['style']:.0%}")
+            files.file(f"{stem}-where.png", partial(save, overlay(record, index, np.asarray(images[index]))))
+        if index in shares:
+            say(f"picture {stem}: subject {shares[index]['subject']:.0%}, style {shares[index]['style']:.0%}")
 
 
 def _assignments(texts: Sequence[str]) -> dict[str, Any]:
     """`--set name=value`, the value as a number or a switch where it is one."""
     return dict(assignment(text, "--set") for text in texts)
+
+
+def _weights(texts: Sequence[str]) -> dict[str, Any]:
+    """`--weight clip_style=2`."""
+    found = dict(assignment(text, "--weight") for text in texts)
+    if unknown := [name for name in found if name not in TERMS]:
+        raise OptionsError(f"--weight {unknown[0]}: unknown; there are: {', '.join(TERMS)}")
+    return {f"weight_{name}": value for name, value in found.items()}
 
 
 def assignment(text: str, where: str) -> tuple[str, Any]:

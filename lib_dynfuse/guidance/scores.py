@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 LABELS: Mapping[str, str] = {
     "clip_subject": "CLIP-I subject",
@@ -12,6 +12,7 @@ LABELS: Mapping[str, str] = {
     "clip_text": "CLIP-T",
     "R": "R",
 }
+HARMONIC = "harmonic_mean"
 # Which cosine tells of the subject and which of the style, the better one first: CLIP-I to the style picture grows as
 # the style is taken over, DINO to the subject picture as the subject is kept.
 _SUBJECT, _STYLE = ("dino_subject", "clip_subject"), ("clip_style", "dino_style")
@@ -32,3 +33,18 @@ def harmonic_mean(scores: Mapping[str, float]) -> float | None:
         return None
     subject, style = (scores[name] for name in terms)
     return 2 * subject * style / (subject + style) if min(subject, style) > 0 else 0.0
+
+
+def as_text(scores: Mapping[str, float]) -> str:
+    """One picture's scores, for its infotext: "CLIP-I subject 0.7123, DINO style 0.3100"."""
+    names = {**LABELS, HARMONIC: "harmonic mean"}
+    return ", ".join(f"{names[name]} {value:.4f}" for name, value in scores.items())
+
+
+def best(scores: Sequence[Mapping[str, float]], count: int) -> list[int]:
+    """The places of the `count` pictures with the highest harmonic means, in their old order; all where `count` is 0,
+    or where it is not known of each."""
+    if not 0 < count < len(scores) or any(HARMONIC not in one for one in scores):
+        return list(range(len(scores)))
+    ranked = sorted(range(len(scores)), key=lambda place: -scores[place][HARMONIC])
+    return sorted(ranked[:count])

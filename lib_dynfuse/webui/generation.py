@@ -14,6 +14,7 @@ from PIL import Image
 
 from lib_dynfuse import guides
 from lib_dynfuse.errors import DynFuseError
+from lib_dynfuse.guidance.scores import as_text, best
 from lib_dynfuse.hosts.base import Unsupported
 from lib_dynfuse.hosts.detect import detect
 from lib_dynfuse.options import INFOTEXT_KEY
@@ -119,7 +120,7 @@ def _scores(*, p: Any, index: int = 0, **_: Any) -> str | None:
     generation = _of(p)
     if generation is None or not generation.scores:
         return None
-    return guided.as_text(generation.scores[_place(generation, index)])
+    return as_text(generation.scores[_place(generation, index)])
 
 
 def _place(generation: _Generation, index: int) -> int:
@@ -200,7 +201,7 @@ def _score(p: Any, generation: _Generation, images: Any) -> None:
         _log.exception("pictures could not be scored")
         generation.session.tell(f"not scored: {type(error).__name__}: {error}")
         return
-    generation.kept[:] = guided.best(generation.scores, generation.session.options.keep_best)
+    generation.kept[:] = best(generation.scores, generation.session.options.keep_best)
     generation.all_scores += [generation.scores[place] for place in generation.kept]
 
 

@@ -1,0 +1,147 @@
+"""What the command `generate` compares its pictures with: given pictures, previews, or each LoRA's own pictures."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lib_dynfuse.errors import DynFuseError
+from lib_dynfuse.guidance.references import Cache, PictureError, Wanted, collect, find_preview, read_picture
+from lib_dynfuse.guides import Guidance, prepare
+from lib_dynfuse.hosts.lora_files import find_lora
+from lib_dynfuse.options import Options
+from lib_dynfuse.roles import LoraTag, Role, parse_prompt
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lib_dynfuse.guidance.objectives import Each, Pictures
+    from lib_dynfuse.hosts.diffusers import Embedded
+
+
+def check_given(options: Options) -> None:
+    """Raises DynFuseError for a given picture that cannot be read."""
+    if options.compares:
+        try:
+            for source in (*options.subject_references, *options.style_references):
+                read_picture(source)
+        except PictureError as error:
+            raise DynFuseError(str(error)) from error
+
+
+def guidance(
+    host: Embedded,
+    model: Path,
+    options: Options,
+    seeds: Sequence[int],
+    settings: Mapping[str, Any],
+    models: Path,
+    say: Callable[[str], None],
+) -> Guidance | None:
+    """What nudges and scores the pictures of these seeds; None where the options want neither, or nothing is left.
+
+    `model`: where the host's model came from; `settings`: what `Embedded.generate` is given; `models`: where encoders
+    are looked for first. May make pictures. What is missing is said.
+    """
+    if not options.compares:
+        return None
+    text = parse_prompt(settings["prompt"])
+
+    def references(role: Role) -> Pictures | Each | None:
+        given = options.subject_references if role is Role.SUBJECT else options.style_references
+        tags = [tag for tag in text.tags if tag.role is role]
+        alone = _Alone(host, model, role, text.tags, seeds, settings) if tags else None
+        found, source = collect(options.references, given, _preview(host.lora_dir, tags), alone)
+        if source:
+            say(f"pictures of the {role.value} to compare with: {source}")
+        return found
+
+    unet = host.pipe.unet
+    dtype = torch.float32 if unet.device.type == "cpu" else unet.dtype
+    return prepare(options, references, [text.text], models, unet.device, dtype, say)
+
+
+def _preview(folder: Path | None, tags: Sequence[LoraTag]) -> Path | None:
+    found = (find_preview(find_lora(folder, tag.name)) for tag in tags)
+    return next((path for path in found if path is not None), None)
+
+
+class _Alone:
+    """Makes, or finds again, each seed's picture without the other role's LoRAs (METHOD.md, section 1)."""
+
+    def __init__(
+        self,
+        host: Embedded,
+        model: Path,
+        role: Role,
+        tags: Sequence[LoraTag],
+        seeds: Sequence[int],
+        settings: Mapping[str, Any],
+    ) -> None:
+        self._host = host
+        self._seeds = list(seeds)
+        self._settings = dict(settings)
+        for tag in tags:
+            if tag.role not in (role, None):
+                self._settings["prompt"] = self._settings["prompt"].replace(tag.raw, "")
+        self._checkpoint = _identity(model)
+        left = [tag for tag in tags if tag.role in (role, None)]
+        self._loras = tuple((_hash(find_lora(host.lora_dir, tag.name)), tag.unet) for tag in left)
+
+    def __call__(self) -> list[Tensor]:
+        cache = Cache(_cache_folder())
+        keys = [self._wanted(seed).key for seed in self._seeds]
+        found = {key: picture for key in dict.fromkeys(keys) if (picture := cache.get(key)) is not None}
+        missing = {key: seed for key, seed in zip(keys, self._seeds, strict=True) if key not in found}
+        if missing:
+            said, self._host.say = self._host.say, lambda line: None
+            try:
+                made = self._host.generate(
+                    **self._settings,
+                    options=Options(enabled=False),
+                    seeds=list(missing.values()),
+                    progress=True,
+                    tensors=True,
+                )
+            finally:
+                self._host.say = said
+            for key, picture in zip(missing, made, strict=True):
+                # As it is kept, so that the next run compares with the same.
+                found[key] = (picture[None].float().cpu().clamp(0, 1) * 255).round() / 255
+                cache.put(key, found[key])
+        return [found[key] for key in keys]
+
+    def _wanted(self, seed: int) -> Wanted:
+        same = {name: self._settings[name] for name in ("steps", "cfg")}
+        sampler = self._host.sampler_name(self._settings["sampler"])
+        device = f"{self._host.pipe.unet.device.type} {self._host.pipe.unet.dtype}"
+        size = self._settings["size"] or self._host.default_size
+        return Wanted(
+            self._checkpoint,
+            self._loras,
+            self._settings["prompt"],
+            self._settings["negative"],
+            seed,
+            tuple(size),
+            {**same, "sampler": sampler, "device": device},
+        )
+
+
+def _cache_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dynfuse" / "references"
+
+
+def _identity(model: Path) -> str:
+    """A checkpoint as told by its files, which may be too large to be read for it."""
+    files = sorted(model.rglob("*")) if model.is_dir() else [model]
+    told = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files if path.is_file()]
+    return hashlib.sha256(repr(told).encode()).hexdigest()
+
+
+def _hash(lora: Path) -> str:
+    return hashlib.sha256(lora.read_bytes()).hexdigest()

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from lib_dynfuse.core.types import Role
 from lib_dynfuse.demo.loras import file_name
 from lib_dynfuse.demo.split import JUDGED_AS, STYLE_WORDS, caption
+from lib_dynfuse.guidance.decoders import Decoder
+from lib_dynfuse.guidance.guide import Guide
+from lib_dynfuse.guidance.objectives import Each
+from lib_dynfuse.guides import prepare
+from lib_dynfuse.hosts.diffusers import default_device
 from lib_dynfuse.options import Options
 from lib_dynfuse.trace import Record, Trace
 
@@ -28,15 +35,37 @@ class Method(NamedTuple):
     options: Options = Options(enabled=False)
 
     @property
+    def guided(self) -> bool:
+        """Whether it is nudged towards pictures of each LoRA alone."""
+        return self.options.nudge
+
+    @property
     def chooses(self) -> bool:
         """Whether the rule picks one of the roles, so that it can be said how often which."""
         return self.options.enabled and self.options.strategy not in {"sum", "np"}
 
 
-def _rule(label: str, strategy: str, *, balanced: bool = False) -> Method:
+def _rule(label: str, strategy: str, *, balanced: bool = False, **more: Any) -> Method:
     # Spelled out, so that the columns mean the same whatever the defaults are.
-    options = Options(enabled=True, strategy=strategy, balance=0.0, auto_balance=balanced, couple_cfg=balanced)
+    options = Options(enabled=True, strategy=strategy, balance=0.0, auto_balance=balanced, couple_cfg=balanced, **more)
     return Method(label, options=options)
+
+
+# Small moves, and to the last step: larger ones overshoot on 8 x 8 latents, and of earlier ones little is left in the
+# picture. The encoders are the boxed ones.
+_NUDGES: dict[str, Any] = {
+    "nudge": True,
+    "nudge_mode": "x0",
+    "nudge_strength": 0.2,
+    "nudge_start": 0.3,
+    "nudge_stop": 1.0,
+    "nudge_every": 1,
+    "nudge_clamp": 0.03,
+    "nudge_decoder": "vae",
+    "nudge_cutouts": 0,
+    "clip": "clip",
+    "dino": "dino",
+}
 
 
 METHODS: tuple[Method, ...] = (
@@ -51,6 +80,19 @@ METHODS: tuple[Method, ...] = (
     _rule("kl balanced", "kl", balanced=True),
     _rule("kl-soft", "kl-soft"),
 )
+# Nudged towards the pictures of "subject alone" and "style alone" of the same seeds. Alone: both LoRAs are added, as
+# without this extension.
+GUIDED: tuple[Method, ...] = (
+    Method("nudges alone", options=Options(enabled=False, **_NUDGES)),
+    _rule("kl + nudges", "kl", **_NUDGES),
+)
+
+
+class Alone(NamedTuple):
+    """One pair's pictures by each LoRA alone, [N, 3, H, W] from 0 to 1, a seed each."""
+
+    subject: Tensor
+    style: Tensor
 
 
 class Pair(NamedTuple):
@@ -90,8 +132,11 @@ class Generator(Protocol):
         cfg: float,
         seeds: Sequence[int],
         trace: Trace | None,
+        guide: Guide | None,
         tensors: bool,
     ) -> Any: ...
+
+    def decoder(self, name: str) -> Decoder: ...
 
 
 class Judge(Protocol):
@@ -169,10 +214,14 @@ def compare(
     methods: Sequence[Method] = METHODS,
     steps: int = 12,
     cfg: float = 3.0,
+    alone: Mapping[Pair, Alone] | None = None,
+    encoders: Path | None = None,
 ) -> list[Result]:
     """Every method on every pair, from the same seeds.
 
-    Raises ValueError for a subject or style that the judge does not know, before anything is made.
+    For guided methods `alone` has what they are nudged towards, a picture for each seed, and `encoders` is the folder
+    of CLIP and DINO. Raises ValueError for a subject or style that the judge does not know, before anything is made;
+    RuntimeError where a guided method's encoders cannot be loaded.
     """
     wanted = [(_place(judge.subjects, pair.subject), _place(judge.styles, JUDGED_AS[pair.style])) for pair in pairs]
     results = []
@@ -180,6 +229,7 @@ def compare(
         for method in methods:
             trace = Trace(passes=steps) if method.chooses else None
             began = time.perf_counter()
+            guide = _guide(host, method, pair, seeds, (alone or {})[pair], encoders) if method.guided else None
             pictures = host.generate(
                 pair.prompt(method),
                 options=method.options,
@@ -187,13 +237,32 @@ def compare(
                 cfg=cfg,
                 seeds=seeds,
                 trace=trace,
+                guide=guide,
                 tensors=True,
             ).cpu()
             seconds = time.perf_counter() - began
             subjects, styles = judge(pictures)
             record = trace.read() if trace else None
+            if record is not None and guide is not None:
+                record.nudges = guide.curve()
             results.append(Result(pair, method, pictures, subjects == subject, styles == style, seconds, record))
     return results
+
+
+def _guide(
+    host: Generator, method: Method, pair: Pair, seeds: Sequence[int], alone: Alone, encoders: Path | None
+) -> Guide:
+    def missing(line: str) -> None:
+        raise RuntimeError(f"{method.label}: {line}")
+
+    def references(role: Role) -> Each:
+        pictures = alone.subject if role is Role.SUBJECT else alone.style
+        return Each([picture[None] for picture in pictures[: len(seeds)]])
+
+    prompt = caption(pair.subject, pair.style)
+    guidance = prepare(method.options, references, [prompt], encoders, default_device(), torch.float32, missing)
+    assert guidance is not None, "what is missing is told, and raises"
+    return guidance.guide(range(len(seeds)), seeds, host.decoder(method.options.nudge_decoder))
 
 
 def _place(names: Sequence[str], name: str) -> int:

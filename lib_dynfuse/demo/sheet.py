@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -20,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lib_dynfuse.demo import judge
-from lib_dynfuse.demo.compare import METHODS, Method, Pair, Result, Score, compare, wilson
+from lib_dynfuse.demo.compare import GUIDED, METHODS, Alone, Method, Pair, Result, Score, compare, wilson
 from lib_dynfuse.hosts.diffusers import Embedded
 from lib_dynfuse.trace.pictures import heat_map, save
 
@@ -28,6 +29,7 @@ BOX = Path(__file__).parent
 PAIRS = (Pair("fox", "hc"), Pair("rocket", "hc"))  # the style that the boxed judge knows best
 _DRAWN = ("kl", "kl-soft")  # rules whose choices are worth a picture: they look at the input
 _TRUE = "true picture"
+_GUIDED_SEEDS = 12  # nudges cost their time, and the whole is to stay a matter of three minutes
 _SHOWN = 6  # seeds on a sheet; more are judged
 _CELL = 96  # pixels a picture
 _GAP = 6
@@ -51,8 +53,11 @@ def demo(
     """
     began = time.perf_counter()
     truths = {pair: true_picture(pair) for pair in pairs}
-    jobs = [(pair, method) for pair in pairs for method in METHODS]
-    results = list(tqdm(_side_by_side(jobs, seeds, steps, cfg), "Comparing", len(jobs), unit="method", leave=False))
+    guided = GUIDED if boxed_encoders() else ()
+    jobs = [(pair, method) for pair in pairs for method in (*METHODS, *guided)]
+    made = tqdm(_side_by_side(jobs, seeds, steps, cfg), "Comparing", len(jobs), unit="method", leave=False)
+    found = {(result.pair, result.method.label): result for result in made}
+    results = [found[pair, method.label] for pair, method in jobs]
     settings = {"seeds": seeds, "steps": steps, "cfg": cfg, "seconds": round(time.perf_counter() - began, 1)}
     files = write(out, results, truths, settings)
     say(markdown(results, settings))
@@ -61,18 +66,38 @@ def demo(
 
 
 Job = tuple[Pair, Method]
+_ALONE = {(method.subject, method.style): method.label for method in METHODS if method.subject != method.style}
+
+
+def boxed_encoders() -> bool:
+    """Whether CLIP and DINO are in the box, which the guided methods need."""
+    return all((BOX / name).is_dir() for name in ("clip", "dino"))
 
 
 def _side_by_side(jobs: Sequence[Job], seeds: int, steps: int, cfg: float) -> Iterator[Result]:
-    """Each job's result, in order. On a CPU one process a core, each with one thread: a model this small loses more to
-    threads that wait for each other than it gains."""
+    """Each job's result, the guided ones last, as they need those of each LoRA alone. On a CPU one process a core, each
+    with one thread: a model this small loses more to threads that wait for each other than it gains."""
+    do = partial(_do, seeds=seeds, steps=steps, cfg=cfg)
     if torch.cuda.is_available() or torch.backends.mps.is_available():
         _open_box()
-        yield from (_do(job, seeds, steps, cfg) for job in jobs)
+        yield from _in_two_waves(jobs, partial(map, do))
         return
     workers = min(os.cpu_count() or 1, len(jobs))
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _open_box) as pool:
-        yield from pool.map(partial(_do, seeds=seeds, steps=steps, cfg=cfg), jobs)
+        yield from _in_two_waves(jobs, partial(pool.map, do))
+
+
+def _in_two_waves(
+    jobs: Sequence[Job], do_all: Callable[[list[tuple[Job, Alone | None]]], Iterator[Result]]
+) -> Iterator[Result]:
+    alone: dict[tuple[Pair, str], Tensor] = {}
+    for result in do_all([(job, None) for job in jobs if not job[1].guided]):
+        if result.method.label in _ALONE.values():
+            alone[result.pair, result.method.label] = result.pictures
+        yield result
+    guided = [job for job in jobs if job[1].guided]
+    subject, style = _ALONE[True, False], _ALONE[False, True]
+    yield from do_all([(job, Alone(alone[job[0], subject], alone[job[0], style])) for job in guided])
 
 
 _box: dict[str, Any] = {}
@@ -85,9 +110,12 @@ def _open_box() -> None:
     _box["judge"] = judge.Judge.load(BOX / "judge")
 
 
-def _do(job: Job, seeds: int, steps: int, cfg: float) -> Result:
-    pair, method = job
-    return compare(_box["host"], _box["judge"], [pair], range(seeds), methods=[method], steps=steps, cfg=cfg)[0]
+def _do(job: tuple[Job, Alone | None], seeds: int, steps: int, cfg: float) -> Result:
+    (pair, method), alone = job
+    towards = None if alone is None else {pair: alone}
+    chosen = range(seeds if alone is None else min(seeds, _GUIDED_SEEDS))
+    host, judged = _box["host"], _box["judge"]
+    return compare(host, judged, [pair], chosen, methods=[method], steps=steps, cfg=cfg, alone=towards, encoders=BOX)[0]
 
 
 def true_picture(pair: Pair) -> npt.NDArray[np.uint8]:
@@ -113,7 +141,7 @@ def write(
         sheet(own, truths[pair]).save(files[-1])
         for result in own:
             if result.record is not None and result.method.options.strategy in _DRAWN:
-                files.append(out / f"chosen-{pair.name}-{result.method.label.replace(' ', '-')}.png")
+                files.append(out / f"chosen-{pair.name}-{_file_name(result.method.label)}.png")
                 save(heat_map(result.record), files[-1])
     files += [out / "table.md", out / "table.json"]
     files[-2].write_text(markdown(results, settings), encoding="utf-8")
@@ -123,7 +151,7 @@ def write(
 
 def sheet(results: Sequence[Result], truth: npt.NDArray[np.uint8]) -> Image.Image:
     """One pair's methods across, seeds down, the true picture last; under each name how many pictures were right."""
-    shown = min(_SHOWN, len(results[0].pictures))
+    shown = min(_SHOWN, *(len(result.pictures) for result in results))
     step = _CELL + _GAP
     size = (_LEFT + (len(results) + 1) * step + _GAP, _HEAD + shown * step + _GAP)
     page = Image.new("RGB", size, "white")
@@ -186,6 +214,7 @@ def markdown(results: Sequence[Result], settings: Mapping[str, Any]) -> str:
         f"{count} pictures a method ({settings['seeds']} seeds a pair, the same for every method), "
         f"{settings['steps']} steps, cfg {settings['cfg']:g}, {settings['seconds']:.0f} s in all. "
         "Subject and style as the boxed judges see them; in brackets the Wilson interval."
+        f"{_guided_note(table)}"
     )
     return "\n".join([f"| {drawn[0]} |", f"|{rule}|", *(f"| {line} |" for line in drawn[1:]), "", note, ""])
 
@@ -208,6 +237,24 @@ def _body(table: Sequence[Mapping[str, Any]], pairs: Sequence[str]) -> list[list
             ]
         )
     return lines
+
+
+def _guided_note(table: Sequence[Mapping[str, Any]]) -> str:
+    """What the guided methods were, and how many pictures they made."""
+    labels = {method.label: method for method in GUIDED}
+    own = [row for row in table if row["pair"] == "all" and row["method"] in labels]
+    if not own:
+        return ""
+    names, options = " and ".join(f"`{row['method']}`" for row in own), labels[own[0]["method"]].options
+    return (
+        f" {names}: {own[0]['pictures']} pictures each, nudged ({options.nudge_mode}, by at most "
+        f"{options.nudge_clamp:.0%} a step, from {options.nudge_start:.0%} of the steps on) towards the pictures of "
+        "each LoRA alone with the same seed, as the boxed CLIP and DINO see them; without a rule both LoRAs are added."
+    )
+
+
+def _file_name(label: str) -> str:
+    return "-".join(re.findall(r"[\w.-]*\w", label))
 
 
 def _percent(share: float) -> str:

@@ -12,8 +12,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lib_dynfuse.core.strategies import strategies
-from lib_dynfuse.core.types import Row
-from lib_dynfuse.demo.compare import METHODS, Method, Pair, Score, compare, wilson
+from lib_dynfuse.core.types import Role, Row
+from lib_dynfuse.demo import compare as comparing
+from lib_dynfuse.demo.compare import GUIDED, METHODS, Alone, Method, Pair, Score, compare, wilson
+from lib_dynfuse.guidance.decoders import linear
+from lib_dynfuse.guidance.guide import Guide
+from lib_dynfuse.guidance.objectives import Each, Objective
+from lib_dynfuse.guides import Guidance, nudge_of
+from lib_dynfuse.options import Options
 from lib_dynfuse.roles import parse_prompt
 from lib_dynfuse.trace import Trace
 
@@ -38,7 +44,20 @@ class Host:
             trace.attach(["down_blocks.0.a"])
             trace.begin(0, 0.0, [Row(image, True) for image in range(len(seeds))])
             trace.add(0, 0.25, 0.75)
+        if guide := more["guide"]:
+            guide.at(4, torch.zeros(len(seeds), 4, 8, 8))
         return pictures
+
+    def decoder(self, name: str) -> Any:
+        assert name == "vae"
+        return linear("sd1")
+
+
+class Colours:
+    """An encoder: the mean colour."""
+
+    def image(self, images: Tensor) -> Tensor:
+        return torch.nn.functional.normalize(images.mean((2, 3)), dim=-1)
 
 
 class Judge:
@@ -124,3 +143,46 @@ def test_the_interval_holds_the_share_and_mirrors(counts: tuple[int, int]) -> No
     assert 0 <= low < high <= 1
     assert of == 0 or low - 1e-12 <= right / of <= high + 1e-12
     assert wilson(of - right, of) == pytest.approx((1 - high, 1 - low))
+
+
+@pytest.fixture
+def prepared(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Options, Each, Each]]:
+    """What guidance is asked to prepare; the encoders see colours."""
+    asked: list[tuple[Options, Each, Each]] = []
+
+    def prepare(options: Options, references: Any, prompts: list[str], *_: Any) -> Guidance:
+        subject, style = (references(role) for role in (Role.SUBJECT, Role.STYLE))
+        assert prompts == ["fox emoji, high contrast style"]
+        asked.append((options, subject, style))
+        return Guidance(nudge_of(options), Objective(Colours(), None, subject, style))  # type: ignore[arg-type]
+
+    monkeypatch.setattr(comparing, "prepare", prepare)
+    return asked
+
+
+def test_guided_methods_go_towards_each_seed_s_own_pictures_of_each_lora_alone(
+    prepared: list[tuple[Options, Each, Each]],
+) -> None:
+    host, alone = Host(), Alone(torch.rand(3, 3, 8, 8), torch.rand(3, 3, 8, 8))
+    results = compare(host, Judge(), [FOX], [0, 1], methods=[*METHODS[:1], *GUIDED], alone={FOX: alone})
+    assert [isinstance(call["guide"], Guide) for call in host.calls] == [False, True, True]
+    for options, subject, style in prepared:
+        assert (options.nudge, options.clip, options.dino) == (True, "clip", "dino")
+        for each, pictures in ((subject, alone.subject), (style, alone.style)):
+            assert [tuple(one.shape) for one in each.of] == [(1, 3, 8, 8)] * 2
+            assert torch.equal(torch.cat(list(each.of)), pictures[:2])
+    assert [len(result.record.nudges[4]) for result in results if result.record] == [2]
+
+
+def test_nudges_alone_add_both_loras_without_a_rule() -> None:
+    prompts = {method.label: FOX.prompt(method) for method in GUIDED}
+    both = "fox emoji, high contrast style <lora:subject-fox:1{0}> <lora:style-high-contrast:1{1}>"
+    assert prompts["nudges alone"] == both.format("", "")
+    assert prompts["kl + nudges"] == both.format(":role=subject", ":role=style")
+    assert not any(method.guided for method in METHODS)
+
+
+def test_a_guided_method_without_its_encoders_says_what_is_missing(tmp_path: Any) -> None:
+    alone = Alone(torch.rand(2, 3, 8, 8), torch.rand(2, 3, 8, 8))
+    with pytest.raises(RuntimeError, match="nudges alone: CLIP"):
+        compare(Host(), Judge(), [FOX], [0, 1], methods=GUIDED[:1], alone={FOX: alone}, encoders=tmp_path)

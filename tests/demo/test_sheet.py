@@ -10,8 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from lib_dynfuse.demo.compare import METHODS, Pair, Result
-from lib_dynfuse.demo.sheet import demo, markdown, rows, sheet, true_picture, write
+from lib_dynfuse.demo import sheet as sheets
+from lib_dynfuse.demo.compare import GUIDED, METHODS, Alone, Method, Pair, Result
+from lib_dynfuse.demo.sheet import boxed_encoders, demo, markdown, rows, sheet, true_picture, write
 from lib_dynfuse.trace import Item, Pass, Record
 
 FOX, CUP = Pair("fox", "hc"), Pair("hot beverage", "blob")
@@ -127,9 +128,52 @@ def test_everything_is_written_and_listed(tmp_path: Path) -> None:
     assert (out / "table.md").read_text() == markdown(results(FOX, CUP), SETTINGS)
 
 
+def guided(pictures: int) -> list[Result]:
+    """The guided methods' results on the fox, with fewer pictures than the others."""
+    right = torch.ones(pictures, dtype=torch.bool)
+    made = torch.rand(pictures, 3, 64, 64)
+    return [Result(FOX, method, made, right, right, 2.0, record() if method.chooses else None) for method in GUIDED]
+
+
+def test_guided_methods_stand_beside_the_others_and_the_table_says_what_they_were(tmp_path: Path) -> None:
+    both = [*results(FOX), *guided(2)]
+    text = markdown(both, SETTINGS)
+    rows_of = {line.split("|")[1].strip(): line.split("|")[2:5] for line in text.splitlines() if line.startswith("|")}
+    assert [cell.strip() for cell in rows_of["kl + nudges"]][:2] == ["100", "100"]
+    assert "4 pictures a method" in text
+    assert "`nudges alone` and `kl + nudges`: 2 pictures each, nudged (x0, by at most 3 % a step" in text.replace(
+        "3%", "3 %"
+    )
+    assert "nudged" not in markdown(results(FOX), SETTINGS)
+    assert sheet(both, TRUTH).height == 74 + 2 * 102 + 6
+    names = {file.name for file in write(tmp_path, both, {FOX: TRUTH}, SETTINGS)}
+    assert "chosen-fox-high-contrast-kl-nudges.png" in names
+
+
+def test_guided_methods_come_last_and_get_what_each_lora_alone_made() -> None:
+    jobs = [(pair, method) for pair in (FOX, CUP) for method in (*METHODS, *GUIDED)]
+    asked: list[tuple[tuple[Pair, Method], Alone | None]] = []
+    known = {(result.pair, result.method.label): result for result in [*results(FOX, CUP)]}
+    for number, result in enumerate(known.values()):
+        result.pictures[:] = number / 100
+
+    def do_all(wave: list[tuple[tuple[Pair, Method], Alone | None]]) -> list[Result]:
+        asked.extend(wave)
+        return [known.get((pair, method.label), guided(2)[0]) for (pair, method), _ in wave]
+
+    assert len(list(sheets._in_two_waves(jobs, do_all))) == len(jobs)
+    assert [method.guided for (_, method), _ in asked] == [False] * 2 * len(METHODS) + [True] * 2 * len(GUIDED)
+    for (pair, method), alone in asked:
+        assert (alone is not None) == method.guided
+        if alone is not None:
+            assert torch.equal(alone.subject, known[pair, "subject alone"].pictures)
+            assert torch.equal(alone.style, known[pair, "style alone"].pictures)
+
+
 def test_the_demo_runs_on_the_boxed_model(tmp_path: Path) -> None:
     said: list[str] = []
     files = demo(tmp_path, seeds=1, pairs=[FOX], steps=2, say=said.append)
     assert all(str(file) in said[-1] for file in files)
-    assert all(f"| {method.label} " in said[0] for method in METHODS)
-    assert len(json.loads((tmp_path / "table.json").read_text())["rows"]) == 2 * len(METHODS)
+    methods = [*METHODS, *(GUIDED if boxed_encoders() else ())]
+    assert all(f"| {method.label} " in said[0] for method in methods)
+    assert len(json.loads((tmp_path / "table.json").read_text())["rows"]) == 2 * len(methods)

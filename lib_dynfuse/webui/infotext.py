@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
 from collections.abc import Callable, Mapping
@@ -13,7 +12,7 @@ from lib_dynfuse.webui.arguments import PICTURES, format_parameters, read_values
 
 # What an infotext does not say, or says of pictures that are not in it: pasting leaves it as it is.
 NOT_PASTED = (*(name for name in NOT_IN_INFOTEXT if name != "enabled"), *PICTURES)
-_KEYS = {option.name: option.key for option in FIELDS}
+_KEYS = {option.name: option.key for option in FIELDS if option.name not in ("enabled", *NOT_PASTED)}
 
 
 def fields_from_infotext(params: Mapping[str, str]) -> dict[str, Any]:
@@ -24,20 +23,32 @@ def fields_from_infotext(params: Mapping[str, str]) -> dict[str, Any]:
     """
     if INFOTEXT_KEY not in params:
         return {}
-    there = [option.name for option in FIELDS if option.key in params and option.name not in ("enabled", *NOT_PASTED)]
-    values: dict[str, Any] = {"enabled": True}
-    # A window's ends are judged together: the one alone may be beyond the other's default.
-    for names in (*((name,) for name in there), *(pair for pair in WINDOWS if set(pair) <= set(there))):
-        with contextlib.suppress(OptionsError):
-            read = {name: _parsed(name, params[_KEYS[name]]) for name in names}
-            options = read_values({**values, **read})
-            values.update({name: getattr(options, name) for name in names})
+    return dict(_read(tuple((name, str(params[key])) for name, key in _KEYS.items() if key in params)))
+
+
+# The host asks for each of the panel's inputs on its own.
+@functools.lru_cache(maxsize=4)
+def _read(described: tuple[tuple[str, str], ...]) -> Mapping[str, Any]:
+    """Of the names of options and their texts, what `fields_from_infotext` gives."""
+    texts = dict(described)
+    values = _usable({"enabled": True}, texts)
+    if values is None:
+        values = {"enabled": True}
+        # A window's ends are judged together too: the one alone may be beyond the other's default.
+        windows = [pair for pair in WINDOWS if set(pair) <= set(texts)]
+        for names in (*((name,) for name in texts), *windows):
+            values = _usable(values, {name: texts[name] for name in names}) or values
     options = Options(**values)
-    return {
-        option.name: getattr(options, option.name)
-        for option in FIELDS
-        if option.name not in NOT_PASTED and (options.matters(option.name) or option.name in values)
-    }
+    return {name: getattr(options, name) for name in ("enabled", *_KEYS) if options.matters(name) or name in values}
+
+
+def _usable(values: Mapping[str, Any], texts: Mapping[str, str]) -> dict[str, Any] | None:
+    """Values with these beside them; None where that cannot be."""
+    try:
+        options = read_values({**values, **{name: _parsed(name, text) for name, text in texts.items()}})
+    except OptionsError:
+        return None
+    return {**values, **{name: getattr(options, name) for name in texts}}
 
 
 @functools.cache

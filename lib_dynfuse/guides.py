@@ -157,11 +157,13 @@ def _encoders(
 
 def _kept_or(key: tuple[Any, ...], device: torch.device | str, load: Callable[[], Any]) -> Any:
     """The encoder of this key: the one in memory, back on its device, or a new one in its kind's place."""
-    if key not in _kept:
-        for old in [old for old in _kept if old[0] == key[0]]:
-            del _kept[old]
-        _kept[key] = _loaded(key, load)
-    _kept[key].to(device)
+    # Weights that are made, or moved, in a sampler's inference mode could not take part in a gradient.
+    with torch.inference_mode(False):
+        if key not in _kept:
+            for old in [old for old in _kept if old[0] == key[0]]:
+                del _kept[old]
+            _kept[key] = _loaded(key, load)
+        _kept[key].to(device)
     return _kept[key]
 
 
@@ -173,8 +175,7 @@ def _loaded(key: tuple[Any, ...], load: Callable[[], Any]) -> Any:
     if error is not None and time.monotonic() - when < _SECONDS_REFUSED:
         raise error
     try:
-        with torch.inference_mode(False):
-            return load()
+        return load()
     except EncoderError as error:
         _refused[attempt] = time.monotonic(), error
         raise
@@ -182,5 +183,6 @@ def _loaded(key: tuple[Any, ...], load: Callable[[], Any]) -> Any:
 
 def rest() -> None:
     """Nothing is generated for now: the encoders leave the GPU's memory to others."""
-    for encoder in _kept.values():
-        encoder.to("cpu")
+    with torch.inference_mode(False):
+        for encoder in _kept.values():
+            encoder.to("cpu")

@@ -101,10 +101,11 @@ class Objective:
     def part(self, indices: Sequence[int]) -> Objective:
         """The same for some of the pictures, in this order; what all pictures share stays shared."""
         found = copy.copy(self)
-        found._targets = {
-            term: target if len(target) == 1 else torch.cat([target[index : index + 1] for index in indices])
-            for term, target in self._targets.items()
-        }
+        with _apart_from_the_sampler():
+            found._targets = {
+                term: target if len(target) == 1 else torch.cat([target[index : index + 1] for index in indices])
+                for term, target in self._targets.items()
+            }
         return found
 
     def __call__(self, images: Tensor, seeds: Sequence[int] | None = None, step: int = 0) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 from toy_encoders import ToyEncoder, pictures
 
-from lib_dynfuse.guidance.objectives import TERMS, Objective, Weights
+from lib_dynfuse.guidance.objectives import TERMS, Each, Objective, Weights
 
 SUBJECT, STYLE = pictures(1), pictures(2)
 ALL = Weights(1.0, 0.5, 2.0, 0.25, 0.125)
@@ -143,3 +143,15 @@ def test_references_that_were_read_in_inference_mode_can_be_steered_by() -> None
     images = pictures(3).requires_grad_()
     (gradient,) = torch.autograd.grad(objective(images).sum(), images)
     assert gradient.abs().sum() > 0
+
+
+def test_a_part_is_the_same_for_those_pictures_and_can_be_taken_inside_inference_mode() -> None:
+    subjects = Each([pictures(seed) for seed in range(4)])
+    whole = Objective(ToyEncoder(1), ToyEncoder(2), subjects, pictures(9), text=[f"picture {n}" for n in range(4)])
+    images = pictures(20, count=4)
+    with torch.inference_mode():
+        part = whole.part([3, 1])
+    torch.testing.assert_close(part(images[[3, 1]]), whole(images)[[3, 1]])
+    leaf = images[[3, 1]].requires_grad_()
+    (g,) = torch.autograd.grad(part(leaf).sum(), leaf)
+    assert g.abs().sum() > 0

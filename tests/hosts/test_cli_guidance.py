@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -131,10 +132,14 @@ def test_nudged_towards_given_pictures_the_picture_comes_nearer_and_the_trace_ha
     assert "pictures of the subject to compare with: given 1" in nudged.notes
 
 
-def test_without_guidance_nothing_is_loaded_and_no_score_is_written(generate: Generate, loaded: list[str]):
+def test_without_guidance_nothing_of_it_is_imported_and_no_score_is_written(
+    generate: Generate, monkeypatch: pytest.MonkeyPatch
+):
+    for name in ("open_clip", "lib_dynfuse.guidance.encoders", "lib_dynfuse.compared"):
+        # Whoever imports it now gets an ImportError.
+        monkeypatch.setitem(sys.modules, name, None)
     said = generate("--no-trace")
-    assert said.code == 0
-    assert loaded == []
+    assert said.code == 0, said.notes
     assert "DynFuse scores" not in said.text("00000-7.png")
 
 
@@ -149,19 +154,16 @@ def test_references_are_made_by_each_lora_alone_once(
         return own(self, prompt, *rest, **settings)
 
     monkeypatch.setattr(Embedded, "generate", listens)
-    first = generate(*NUDGED, "--no-trace", "--batch", "2", out="first")
+    first = generate(*NUDGED, "--no-trace", out="first")
     assert first.code == 0, first.notes
     subject, style = "a fox <lora:fox:0.8:role=subject> in ink ", "a fox  in ink <lora:ink:0.6:role=style>"
-    assert asked == [(subject, [7, 8]), (style, [7, 8]), (ROLES, [7, 8])]
+    assert asked == [(subject, [7]), (style, [7]), (ROLES, [7])]
     asked.clear()
-    again = generate(*NUDGED, "--no-trace", "--batch", "3", out="again")
-    assert asked == [(subject, [9]), (style, [9]), (ROLES, [7, 8, 9])]
+    again = generate(*NUDGED, "--no-trace", "--batch", "2", out="again")
+    assert asked == [(subject, [8]), (style, [8]), (ROLES, [7, 8])]
     assert "pictures of the style to compare with: generated" in again.notes
     pairs = zip(first.pixels("00000-7.png"), again.pixels("00000-7.png"), strict=True)
     assert max(abs(one - other) for one, other in pairs) <= 1
-    asked.clear()
-    generate(*NUDGED, "--no-trace", out="longer", steps=3)
-    assert [seeds for _, seeds in asked] == [[7], [7], [7]]
 
 
 def test_a_preview_on_disk_comes_before_generating(generate: Generate, lora_dir: Path):

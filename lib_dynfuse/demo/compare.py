@@ -85,6 +85,7 @@ METHODS: tuple[Method, ...] = (
 GUIDED: tuple[Method, ...] = (
     Method("nudges alone", options=Options(enabled=False, **_NUDGES)),
     _rule("kl + nudges", "kl", **_NUDGES),
+    _rule("bal. + nudges", "kl", balanced=True, **_NUDGES),
 )
 
 

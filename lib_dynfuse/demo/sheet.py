@@ -29,7 +29,10 @@ BOX = Path(__file__).parent
 PAIRS = (Pair("fox", "hc"), Pair("rocket", "hc"))  # the style that the boxed judge knows best
 _DRAWN = ("kl", "kl-soft")  # rules whose choices are worth a picture: they look at the input
 _TRUE = "true picture"
-_GUIDED_SEEDS = 12  # nudges cost their time, and the whole is to stay a matter of three minutes
+# Beside guided methods, which cost their time, so that the whole stays a matter of three minutes: fewer seeds for
+# those, and for the controls, which are nearly always all right or all wrong.
+_GUIDED_SEEDS, _CONTROL_SEEDS = 8, 12
+_CONTROLS = ("base", "subject alone", "style alone", "random", "klora")
 _SHOWN = 6  # seeds on a sheet; more are judged
 _CELL = 96  # pixels a picture
 _GAP = 6
@@ -113,7 +116,8 @@ def _open_box() -> None:
 def _do(job: tuple[Job, Alone | None], seeds: int, steps: int, cfg: float) -> Result:
     (pair, method), alone = job
     towards = None if alone is None else {pair: alone}
-    chosen = range(seeds if alone is None else min(seeds, _GUIDED_SEEDS))
+    most = _GUIDED_SEEDS if method.guided else _CONTROL_SEEDS if method.label in _CONTROLS else seeds
+    chosen = range(min(seeds, most) if boxed_encoders() else seeds)
     host, judged = _box["host"], _box["judge"]
     return compare(host, judged, [pair], chosen, methods=[method], steps=steps, cfg=cfg, alone=towards, encoders=BOX)[0]
 
@@ -209,12 +213,12 @@ def markdown(results: Sequence[Result], settings: Mapping[str, Any]) -> str:
     widths = [max(len(line[column]) for line in lines) for column in range(len(heads))]
     drawn = [" | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
     rule = "|".join("-" * (width + 2) for width in widths)
-    count = next(row["pictures"] for row in table if row["pair"] == "all")
+    count = max(row["pictures"] for row in table if row["pair"] == "all")
     note = (
         f"{count} pictures a method ({settings['seeds']} seeds a pair, the same for every method), "
         f"{settings['steps']} steps, cfg {settings['cfg']:g}, {settings['seconds']:.0f} s in all. "
         "Subject and style as the boxed judges see them; in brackets the Wilson interval."
-        f"{_guided_note(table)}"
+        f"{_fewer_note(table, count)}{_guided_note(table)}"
     )
     return "\n".join([f"| {drawn[0]} |", f"|{rule}|", *(f"| {line} |" for line in drawn[1:]), "", note, ""])
 
@@ -239,17 +243,26 @@ def _body(table: Sequence[Mapping[str, Any]], pairs: Sequence[str]) -> list[list
     return lines
 
 
+def _fewer_note(table: Sequence[Mapping[str, Any]], count: int) -> str:
+    """Which methods made fewer pictures than the others."""
+    fewer: dict[int, list[str]] = {}
+    for row in table:
+        if row["pair"] == "all" and row["pictures"] < count:
+            fewer.setdefault(row["pictures"], []).append(row["method"])
+    return "".join(f" Only {pictures} pictures each: {', '.join(names)}." for pictures, names in fewer.items())
+
+
 def _guided_note(table: Sequence[Mapping[str, Any]]) -> str:
-    """What the guided methods were, and how many pictures they made."""
-    labels = {method.label: method for method in GUIDED}
-    own = [row for row in table if row["pair"] == "all" and row["method"] in labels]
-    if not own:
+    """What the guided methods were."""
+    guided = {method.label: method for method in GUIDED}
+    names = [row["method"] for row in table if row["pair"] == "all" and row["method"] in guided]
+    if not names:
         return ""
-    names, options = " and ".join(f"`{row['method']}`" for row in own), labels[own[0]["method"]].options
+    options = guided[names[0]].options
     return (
-        f" {names}: {own[0]['pictures']} pictures each, nudged ({options.nudge_mode}, by at most "
-        f"{options.nudge_clamp:.0%} a step, from {options.nudge_start:.0%} of the steps on) towards the pictures of "
-        "each LoRA alone with the same seed, as the boxed CLIP and DINO see them; without a rule both LoRAs are added."
+        f" {', '.join(names)}: nudged ({options.nudge_mode}, by at most {options.nudge_clamp:.0%} a step, from "
+        f"{options.nudge_start:.0%} of the steps on) towards the pictures of each LoRA alone with the same seed, as "
+        "the boxed CLIP and DINO see them; nudges alone adds both LoRAs, bal. + nudges is kl balanced with nudges."
     )
 
 

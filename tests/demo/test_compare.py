@@ -165,13 +165,13 @@ def test_guided_methods_go_towards_each_seed_s_own_pictures_of_each_lora_alone(
 ) -> None:
     host, alone = Host(), Alone(torch.rand(3, 3, 8, 8), torch.rand(3, 3, 8, 8))
     results = compare(host, Judge(), [FOX], [0, 1], methods=[*METHODS[:1], *GUIDED], alone={FOX: alone})
-    assert [isinstance(call["guide"], Guide) for call in host.calls] == [False, True, True]
+    assert [isinstance(call["guide"], Guide) for call in host.calls] == [False, True, True, True]
     for options, subject, style in prepared:
         assert (options.nudge, options.clip, options.dino) == (True, "clip", "dino")
         for each, pictures in ((subject, alone.subject), (style, alone.style)):
             assert [tuple(one.shape) for one in each.of] == [(1, 3, 8, 8)] * 2
             assert torch.equal(torch.cat(list(each.of)), pictures[:2])
-    assert [len(result.record.nudges[4]) for result in results if result.record] == [2]
+    assert [len(result.record.nudges[4]) for result in results if result.record] == [2, 2]
 
 
 def test_nudges_alone_add_both_loras_without_a_rule() -> None:

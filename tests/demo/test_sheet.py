@@ -141,9 +141,8 @@ def test_guided_methods_stand_beside_the_others_and_the_table_says_what_they_wer
     rows_of = {line.split("|")[1].strip(): line.split("|")[2:5] for line in text.splitlines() if line.startswith("|")}
     assert [cell.strip() for cell in rows_of["kl + nudges"]][:2] == ["100", "100"]
     assert "4 pictures a method" in text
-    assert "`nudges alone` and `kl + nudges`: 2 pictures each, nudged (x0, by at most 3 % a step" in text.replace(
-        "3%", "3 %"
-    )
+    assert "Only 2 pictures each: nudges alone, kl + nudges, bal. + nudges." in text
+    assert "nudged (x0, by at most 3% a step" in text
     assert "nudged" not in markdown(results(FOX), SETTINGS)
     assert sheet(both, TRUTH).height == 74 + 2 * 102 + 6
     names = {file.name for file in write(tmp_path, both, {FOX: TRUTH}, SETTINGS)}

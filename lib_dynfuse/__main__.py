@@ -64,21 +64,38 @@ def bench(
     rank: Annotated[int, typer.Option(min=1, help="Of both networks.")] = 16,
     device: Annotated[str, typer.Option(help="cpu, cuda or mps.")] = "cpu",
     dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
-    methods: Annotated[str, typer.Option(help="A comma between names; without it the usual ones.")] = "",
+    cover: Annotated[str, typer.Option(help="all, or attention: without residual blocks' convolutions.")] = "all",
+    methods: Annotated[str, typer.Option(help="A comma between names; -torch or -triton behind one chooses how.")] = "",
     repeats: Annotated[int, typer.Option(min=1, help="Rounds, of which the median counts.")] = 7,
     threads: Annotated[int, typer.Option(min=0, help="Of the processor; 0 takes torch's own number.")] = 0,
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the rows here too.")] = None,
+    on_gpu: Annotated[
+        bool, typer.Option("--on-gpu", help="All rows that are asked of a GPU, SDXL and SD 1.5.")
+    ] = False,
+    counted: Annotated[
+        bool, typer.Option("--count", help="Count operations and bytes instead; nothing is run.")
+    ] = False,
+    start_up: Annotated[
+        bool, typer.Option("--start-up", help="Instead, how long it takes to begin: two files taken over, or merged.")
+    ] = False,
 ) -> None:
     """Measure what fusing costs: time per forward pass, as a ratio to merged weights."""
-    from lib_dynfuse.bench import run
+    from lib_dynfuse.bench import count, run, startup
 
     chosen = tuple(name.strip() for name in methods.split(",") if name.strip()) or run.DEFAULT
     with one_clear_line():
         try:
-            rows = run.bench(unet, pixels, batch, rank, device, dtype, chosen, repeats, json_file, threads)
+            if counted:
+                typer.echo(count.table(count.count(unet, pixels, batch, rank, dtype, cover)))
+            elif start_up:
+                typer.echo(startup.table(startup.start_up(unet, rank, cover, threads)))
+            elif on_gpu:
+                typer.echo("\n\n".join(run.table(rows) for rows in run.on_gpu(json_file)))
+            else:
+                rows = run.bench(unet, pixels, batch, rank, device, dtype, chosen, repeats, json_file, threads, cover)
+                typer.echo(run.table(rows))
         except ValueError as error:
             raise DynFuseError(str(error)) from error
-    typer.echo(run.table(rows))
 
 
 @app.command("train-demo")

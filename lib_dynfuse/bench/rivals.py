@@ -1,4 +1,4 @@
-"""The forward passes that the engine is measured against: peft's unmerged adapters, and K-LoRA as published."""
+"""The forward passes that are measured: the engine's methods, peft's unmerged adapters, and K-LoRA as published."""
 
 from __future__ import annotations
 
@@ -13,6 +13,18 @@ from torch import Tensor, nn
 from lib_dynfuse.bench.unets import Layers
 from lib_dynfuse.core import Role
 from lib_dynfuse.core.delta import LowRank
+
+# The engine's own methods: (rule, its parameters).
+FUSED: dict[str, tuple[str, dict[str, Any]]] = {
+    "sum": ("sum", {}),
+    "kl": ("kl", {}),
+    "kl-sampled": ("kl", {"sample_tokens": 64}),
+    "kl-token": ("kl-token", {}),
+    "kl-soft": ("kl-soft", {}),
+    "kl-balanced": ("kl", {"auto_balance": True, "couple_cfg": True}),
+    "klora": ("klora", {}),
+    "np": ("np", {}),
+}
 
 
 def with_peft(unet: nn.Module, layers: Layers, rank: int) -> nn.Module:
@@ -31,8 +43,8 @@ def with_peft(unet: nn.Module, layers: Layers, rank: int) -> nn.Module:
         assert isinstance(layer, LoraLayer)
         for role, delta in deltas.items():
             assert isinstance(delta, LowRank)
-            layer.lora_A[role.value].weight.data = delta.down
-            layer.lora_B[role.value].weight.data = delta.up
+            layer.lora_A[role.value].weight = nn.Parameter(delta.down, requires_grad=False)
+            layer.lora_B[role.value].weight = nn.Parameter(delta.up, requires_grad=False)
         layer.set_adapter([role.value for role in Role])
     return model.eval().requires_grad_(False)
 

@@ -5,48 +5,50 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from lib_dynfuse.bench.rivals import klora_published, with_peft
-from lib_dynfuse.bench.unets import CONFIGS, covered, make_inputs, make_layers, make_unet
-from lib_dynfuse.core import Fusion, Row, strategy
+from lib_dynfuse.bench.rivals import FUSED, klora_published, with_peft
+from lib_dynfuse.bench.unets import CONFIGS, COVERS, DTYPES, covered, make_inputs, make_layers, make_unet
+from lib_dynfuse.core import Fusion, Row, kernels, strategy
 
 UNETS = tuple(CONFIGS)
-FUSED: dict[str, tuple[str, dict[str, Any]]] = {
-    "sum": ("sum", {}),
-    "kl": ("kl", {}),
-    "kl-sampled": ("kl", {"sample_tokens": 64}),
-    "kl-token": ("kl-token", {}),
-    "kl-soft": ("kl-soft", {}),
-    "kl-balanced": ("kl", {"auto_balance": True, "couple_cfg": True}),
-    "klora": ("klora", {}),
-    "np": ("np", {}),
-}
 METHODS = ("merged", *FUSED, "peft", "klora-published")
+# Behind the name of a fused method: never by the kernels, or by nothing else.
+PATHS = ("-torch", "-triton")
 DEFAULT = ("merged", "sum", "kl", "kl-sampled", "kl-token", "peft", "klora-published")
+# What is to be known of a GPU: (unet, pixels), in float16, rank 32, without the convolutions of residual blocks.
+ON_GPU = (("sdxl", 1024), ("sd15", 512))
+METHODS_ON_GPU = (
+    "merged", "sum", "kl-triton", "kl-torch", "kl-sampled-triton", "kl-sampled-torch", "kl-balanced", "peft",
+    "klora-published",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Result:
-    """One row: `seconds` is the median time of a forward pass, `ratio` that over `merged`'s."""
+    """One row: `seconds` is the median time of a forward pass, `ratio` that over `merged`'s.
+
+    `peak_mib` is the most memory of a GPU that the pass took at any time, weights and factors included; None elsewhere.
+    """
 
     unet: str
     pixels: int
     batch: int
     rank: int
+    cover: str
     device: str
     dtype: str
     method: str
     seconds: float
     ratio: float
+    peak_mib: float | None = None
 
 
 def bench(
@@ -60,27 +62,36 @@ def bench(
     repeats: int = 7,
     out: Path | None = None,
     threads: int = 0,
+    cover: str = "all",
 ) -> list[Result]:
     """Times `methods` on the UNet `unet` and returns a row for each; writes them to `out` as JSON.
 
     Every round runs each method once, so that whatever else the machine does falls on all of them alike. On one CPU
     thread it is the process's own processor time that counts, on a GPU the time between two events, else the clock's.
-    `threads` of the processor, 0 for torch's own number.
+    `threads` of the processor, 0 for torch's own number. A fused method's name may end in `-torch` (plain torch) or
+    `-triton` (the fused kernels, also in Triton's interpreter); without, the engine takes what it would for a user.
 
-    Raises `ValueError` for an unknown UNet, method or dtype, naming what there is.
+    Raises `ValueError` for an unknown UNet, method, cover or dtype, naming what there is, and for `-triton` where the
+    kernels do not run.
     """
     _among("unet", unet, UNETS)
-    _among("dtype", dtype, ("float32", "float16", "bfloat16"))
+    _among("dtype", dtype, DTYPES)
+    _among("cover", cover, tuple(COVERS))
     for method in methods:
-        _among("method", method, METHODS)
+        if _fused(method)[0] not in FUSED:
+            _among("method", method, METHODS)
     if pixels % 64 or batch < 1 or rank < 1:
         raise ValueError(f"pixels must be a multiple of 64, batch and rank at least 1, not {pixels}, {batch}, {rank}")
     if threads:
         torch.set_num_threads(threads)
     place = torch.device(device)
+    if any(_fused(method)[1] == "triton" for method in methods):
+        with kernels.path("triton"):
+            if missing := kernels.why_not(place, getattr(torch, dtype)):
+                raise ValueError(f"no method can end in -triton: {missing}")
     model = make_unet(unet, place, getattr(torch, dtype))
     forward = make_inputs(model, pixels, batch)
-    layers = make_layers(model, rank)
+    layers = make_layers(model, rank, cover)
     rows = [Row(index // 2, cond=index % 2 == 1) for index in range(batch)]
 
     runs: dict[str, tuple[AbstractContextManager[object], Callable[[], object]]] = {}
@@ -93,42 +104,82 @@ def bench(
         elif method == "klora-published":
             runs[method] = (_Again(lambda: klora_published(layers)), forward)
         else:
-            name, parameters = FUSED[method]
-            fusion = Fusion(layers, strategy(name, **parameters))
+            name, way = _fused(method)
+            rule, parameters = FUSED[name]
+            fusion = Fusion(layers, strategy(rule, **parameters))
             fusion.rows = rows
-            runs[method] = (fusion, forward)
+            runs[method] = (_Again(partial(_on_path, way, fusion)), forward)
 
     seconds: dict[str, list[float]] = {method: [] for method in methods}
+    peaks: dict[str, float | None] = {}
     with torch.inference_mode():
         for round_ in tqdm(range(repeats + 1), desc="rounds", leave=False):
             for method, (context, run) in runs.items():
                 with context:
-                    elapsed = _timed(run, place)
+                    elapsed, peaks[method] = _timed(run, place)
                 # The first round warms up: packs factors, picks kernels, fills the allocator.
                 if round_:
                     seconds[method].append(elapsed)
     medians = {method: statistics.median(values) for method, values in seconds.items()}
     reference = medians.get("merged", next(iter(medians.values())))
     results = [
-        Result(unet, pixels, batch, rank, _name(place), dtype, method, median, median / reference)
+        Result(unet, pixels, batch, rank, cover, _name(place), dtype, method, median, median / reference, peaks[method])
         for method, median in medians.items()
     ]
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps([asdict(result) for result in results], indent=1) + "\n", encoding="utf-8")
+        _write(out, results)
     return results
+
+
+def _write(out: Path, results: Sequence[Result]) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps([asdict(result) for result in results], indent=1) + "\n", encoding="utf-8")
+
+
+def _fused(method: str) -> tuple[str, str]:
+    """(the method's name, which way it is computed)."""
+    for ending in PATHS:
+        if method.endswith(ending):
+            return method.removesuffix(ending), ending[1:]
+    return method, "auto"
+
+
+@contextmanager
+def _on_path(way: str, fusion: Fusion) -> Iterator[None]:
+    with kernels.path(way), fusion:
+        yield
+
+
+def on_gpu(out: Path | None = None, repeats: int = 20) -> list[list[Result]]:
+    """All rows that tests/bench/NOTES.md asks of an NVIDIA GPU, a list for each UNet; written to `out` as JSON.
+
+    Raises `ValueError` without a GPU or where the kernels do not run on it.
+    """
+    if not torch.cuda.is_available():
+        raise ValueError("there is no GPU here")
+    found = [
+        bench(unet, pixels, 2, 32, "cuda", "float16", METHODS_ON_GPU, repeats, cover="attention")
+        for unet, pixels in ON_GPU
+    ]
+    if out is not None:
+        _write(out, [row for rows in found for row in rows])
+    return found
 
 
 def table(results: Sequence[Result]) -> str:
     """The rows as a Markdown table."""
     first = results[0]
+    memory = first.peak_mib is not None
     lines = [
-        f"{first.unet}, {first.pixels} pixels, batch {first.batch}, rank {first.rank}, {first.device}, {first.dtype}",
+        f"{first.unet}, {first.pixels} pixels, batch {first.batch}, rank {first.rank} on {first.cover} layers, "
+        f"{first.device}, {first.dtype}",
         "",
-        "| method | seconds per forward pass | ratio to merged |",
-        "|---|---:|---:|",
+        "| method | seconds per forward pass | ratio to merged |" + (" MiB at most |" if memory else ""),
+        "|---|---:|---:|" + ("---:|" if memory else ""),
     ]
-    lines += [f"| {row.method} | {row.seconds:.3f} | {row.ratio:.2f} |" for row in results]
+    for row in results:
+        peak = f" {row.peak_mib:,.0f} |" if row.peak_mib is not None else ""
+        lines.append(f"| {row.method} | {row.seconds:.3f} | {row.ratio:.2f} |{peak}")
     return "\n".join(lines)
 
 
@@ -146,20 +197,22 @@ class _Again:
         self._context.__exit__(None, None, None)
 
 
-def _timed(run: Callable[[], object], device: torch.device) -> float:
+def _timed(run: Callable[[], object], device: torch.device) -> tuple[float, float | None]:
+    """Seconds, and on a GPU the most memory that was taken, in MiB."""
     if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         run()
         stop.record()
         torch.cuda.synchronize(device)
-        return start.elapsed_time(stop) / 1000
+        return start.elapsed_time(stop) / 1000, torch.cuda.max_memory_allocated(device) / 2**20
     clock = time.process_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
     before = clock()
     run()
     if device.type == "mps":
         torch.mps.synchronize()
-    return clock() - before
+    return clock() - before, None
 
 
 def _name(device: torch.device) -> str:

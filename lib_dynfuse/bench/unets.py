@@ -36,6 +36,7 @@ _TINY: dict[str, object] = {
     "cross_attention_dim": 32,
     "attention_head_dim": 4,
 }
+DTYPES = ("float32", "float16", "bfloat16")
 CONFIGS: dict[str, dict[str, object]] = {"sd15": _SD15, "sdxl": _SDXL, "tiny": _TINY}
 
 
@@ -46,7 +47,7 @@ def make_unet(name: str, device: torch.device, dtype: torch.dtype) -> UNet2DCond
     # Not diffusers' own `to`, which warns of precisions that random weights do not care for.
     nn.Module.to(unet, dtype)
     unet.to_empty(device=device).eval().requires_grad_(False)
-    generator = torch.Generator(device).manual_seed(0)
+    generator = _generator(device, 0)
     for module in unet.modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)):
             fan_in = module.weight[0].numel()
@@ -61,7 +62,7 @@ def make_unet(name: str, device: torch.device, dtype: torch.dtype) -> UNet2DCond
 def make_inputs(unet: UNet2DConditionModel, pixels: int, batch: int) -> Callable[..., Tensor]:
     """A function that runs one forward pass at `pixels` x `pixels` with 77 text tokens, of `unet` or another model."""
     device, dtype = unet.device, unet.dtype
-    generator = torch.Generator(device).manual_seed(1)
+    generator = _generator(device, 1)
 
     def noise(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, device=device, dtype=dtype)
@@ -80,10 +81,14 @@ def make_inputs(unet: UNet2DConditionModel, pixels: int, batch: int) -> Callable
     return forward
 
 
-def covered(unet: nn.Module) -> dict[str, nn.Module]:
-    """What a community LoRA usually covers: attention, feed-forward and projection layers, and the convolutions of the
-    residual blocks."""
-    wanted = ("attn", "ff.net", "proj_in", "proj_out", "resnets")
+# Attention means the transformer blocks: attention, feed-forward and the projections around them, which every LoRA
+# covers; all, as many community LoRAs do, also the convolutions of the residual blocks.
+COVERS = {"all": ("attn", "ff.net", "proj_in", "proj_out", "resnets"), "attention": ("attentions",)}
+
+
+def covered(unet: nn.Module, cover: str = "all") -> dict[str, nn.Module]:
+    """The layers that a LoRA covers, by one of the names of `COVERS`."""
+    wanted = COVERS[cover]
     return {
         name: module
         for name, module in unet.named_modules()
@@ -93,16 +98,21 @@ def covered(unet: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def make_layers(unet: UNet2DConditionModel, rank: int) -> Layers:
+def make_layers(unet: UNet2DConditionModel, rank: int, cover: str = "all") -> Layers:
     """Two random LoRAs of `rank` on the covered layers, deltas a few per cent of the features."""
-    generator = torch.Generator(unet.device).manual_seed(2)
+    generator = _generator(unet.device, 2)
     layers: Layers = {}
-    for name, module in covered(unet).items():
+    for name, module in covered(unet, cover).items():
         layers[name] = (module, {role: _random_lora(module, rank, generator) for role in Role})
     return layers
 
 
-def _random_lora(module: nn.Module, rank: int, generator: torch.Generator) -> LowRank:
+def _generator(device: torch.device, seed: int) -> torch.Generator | None:
+    """None where there are shapes only, and nothing to draw."""
+    return None if device.type == "meta" else torch.Generator(device).manual_seed(seed)
+
+
+def _random_lora(module: nn.Module, rank: int, generator: torch.Generator | None) -> LowRank:
     weight = module.weight
     assert isinstance(weight, Tensor)
     shape = weight.shape

@@ -62,7 +62,9 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str:
         return f"there is no Triton for {device.type}, and TRITON_INTERPRET=1 is not set"
     if dtype not in _DTYPES:
         return f"they are not made for {dtype}"
-    return "" if _proven(device, dtype) else "Triton is missing, the GPU is older than Ampere, or what they compute is wrong (see the log)"
+    if _proven(device, dtype):
+        return ""
+    return "Triton is missing, the GPU is older than Ampere, or they failed (see the log)"
 
 
 def _interpreting(device: torch.device) -> bool:

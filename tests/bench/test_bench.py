@@ -9,10 +9,13 @@ import pytest
 import torch
 
 from lib_dynfuse.bench import METHODS, bench
+from lib_dynfuse.bench.count import count, counted
+from lib_dynfuse.bench.count import table as counts_table
 from lib_dynfuse.bench.rivals import klora_published, with_peft
-from lib_dynfuse.bench.run import table
+from lib_dynfuse.bench.run import on_gpu, table
+from lib_dynfuse.bench.startup import start_up
 from lib_dynfuse.bench.unets import covered, make_inputs, make_layers, make_unet
-from lib_dynfuse.core import Fusion, strategy
+from lib_dynfuse.core import Fusion, kernels, strategy
 
 
 def test_peft_computes_what_the_engine_computes() -> None:
@@ -55,8 +58,67 @@ def test_every_method_has_a_row_and_the_rows_are_written(tmp_path: Path) -> None
     assert rows[0].ratio == 1.0
     assert all(row.seconds > 0 for row in rows)
     written = json.loads((tmp_path / "bench.json").read_text())
-    assert set(written[0]) == {"unet", "pixels", "batch", "rank", "device", "dtype", "method", "seconds", "ratio"}
+    assert {"unet", "pixels", "batch", "rank", "cover", "device", "dtype", "method", "seconds", "ratio"} < set(
+        written[0]
+    )
     assert len(table(rows).splitlines()) == 4 + len(METHODS)
+
+
+def test_the_way_a_method_is_computed_can_be_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = []
+    enter = Fusion.__enter__
+    monkeypatch.setattr(Fusion, "__enter__", lambda fusion: (taken.append(kernels._path), enter(fusion))[1])
+    monkeypatch.setattr(kernels, "why_not", lambda device, dtype: "")
+    # Not the kernels themselves, which take a minute in the interpreter.
+    monkeypatch.setattr(kernels, "usable", lambda tokens: False)
+    rows = bench("tiny", pixels=64, rank=2, methods=["kl", "kl-torch", "kl-sampled-triton"], repeats=1)
+    assert [row.method for row in rows] == ["kl", "kl-torch", "kl-sampled-triton"]
+    assert set(taken) == {"auto", "torch", "triton"}
+
+
+def test_without_triton_its_rows_are_refused_and_not_made_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match="no method can end in -triton: there is no Triton for cpu"):
+        bench("tiny", pixels=64, rank=2, methods=["merged", "kl-triton"], repeats=1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="there is no GPU here"):
+        on_gpu()
+
+
+def test_a_linear_layers_cost_is_counted_by_hand() -> None:
+    layer = torch.nn.Linear(64, 32, bias=False, device="meta", dtype=torch.float16)
+    x = torch.empty(2, 10, 64, device="meta", dtype=torch.float16)
+    with torch.inference_mode():
+        cost = counted(lambda: layer(x).add_(1).view(20, 32).transpose(0, 1))
+    product, added = 2 * (2 * 10 * 64 + 64 * 32 + 2 * 10 * 32), 2 * 2 * (2 * 10 * 32)
+    assert (cost.calls, cost.operations, cost.bytes) == (2, 2 * 20 * 64 * 32, product + added)
+
+
+def test_the_costs_bounds_stand_in_order() -> None:
+    costs = count("tiny", 64, 2, 4, methods=("sum", "peft"))
+    seconds = [costs[name].seconds for name in ("merged", "both products", "choice, one read")]
+    assert seconds == sorted(seconds)
+    assert costs["choice, sampled"].bytes <= costs["choice, one read"].bytes
+    # Torch's own sum is what the bound of both products says: both downs in one product, both ups in another.
+    assert costs["torch: sum"].operations == costs["both products"].operations == costs["torch: peft"].operations
+    assert len(counts_table(costs).splitlines()) == 2 + len(costs)
+
+
+def test_beginning_is_timed_for_the_engine_and_for_the_host() -> None:
+    seconds = start_up("tiny", rank=2)
+    assert all(value > 0 for value in seconds.values())
+    assert any("fuse_lora" in what for what in seconds)
+    with pytest.raises(ValueError, match="unknown unet 'sd3'"):
+        start_up("sd3")
+
+
+def test_convolutions_of_residual_blocks_can_be_left_out() -> None:
+    unet = make_unet("tiny", torch.device("meta"), torch.float16)
+    attention, everything = covered(unet, "attention"), covered(unet)
+    assert set(attention) < set(everything)
+    assert not any("resnets" in name for name in attention)
+    for part in ("attn1.to_q", "ff.net.0.proj", "proj_in"):
+        assert any(name.endswith(part) for name in attention), part
 
 
 @pytest.mark.parametrize(
@@ -64,7 +126,9 @@ def test_every_method_has_a_row_and_the_rows_are_written(tmp_path: Path) -> None
     [
         ({"unet": "sd3"}, "unknown unet 'sd3'; there are: sd15, sdxl"),
         ({"methods": ["fast"]}, "unknown method 'fast'; there are: merged"),
+        ({"methods": ["merged-torch"]}, "unknown method 'merged-torch'"),
         ({"dtype": "int8"}, "unknown dtype 'int8'"),
+        ({"cover": "text"}, "unknown cover 'text'; there are: all, attention"),
         ({"pixels": 100}, "pixels must be a multiple of 64"),
     ],
 )

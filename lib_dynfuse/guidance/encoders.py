@@ -68,7 +68,7 @@ class _Frozen:
 
 
 class ClipEncoder(_Frozen):
-    """A CLIP of open_clip's."""
+    """A CLIP of open_clip's. Its text tower, a prompt's worth of work a picture, stays in main memory."""
 
     def __init__(
         self,
@@ -82,6 +82,10 @@ class ClipEncoder(_Frozen):
         super().__init__(name, model, preprocess, device, dtype)
         self._tokenizer = tokenizer
 
+    def to(self, device: torch.device | str) -> None:
+        self._device = torch.device(device)
+        self._model.visual.to(device=self._device, dtype=self._dtype)
+
     def image(self, images: Tensor) -> Tensor:
         """RGB [B, 3, H, W] in 0..1 -> [B, D] float32 of length 1, differentiable."""
         with without_autocast(self._device):
@@ -91,8 +95,8 @@ class ClipEncoder(_Frozen):
     def text(self, prompts: Sequence[str]) -> Tensor:
         """Prompts -> [B, D] float32 of length 1. What is longer than the model's context is cut."""
         tokens = self._tokenizer(list(prompts), context_length=int(getattr(self._model, "context_length", 77)))
-        with without_autocast(self._device):
-            return normalize(self._model.encode_text(tokens.to(self._device)).float(), dim=-1)
+        with without_autocast(torch.device("cpu")):
+            return normalize(self._model.encode_text(tokens).float(), dim=-1).to(self._device)
 
 
 class DinoEncoder(_Frozen):

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from lib_dynfuse.guidance.decoders import Decoder
-from lib_dynfuse.guidance.nudge import Nudge, Nudged, Objective
-from lib_dynfuse.guidance.objectives import Objective as Cosines
+from lib_dynfuse.guidance.nudge import Nudge, Nudged
+from lib_dynfuse.guidance.objectives import Objective
 
 
 class Guide:
@@ -19,9 +19,10 @@ class Guide:
     `seeds`: each picture's, from which cutouts are drawn. Nothing is read from the device before `curve` and `reasons`.
     """
 
-    def __init__(self, nudge: Nudge, objective: Cosines, decode: Decoder, seeds: Sequence[int]) -> None:
+    def __init__(self, nudge: Nudge, objective: Objective, decode: Decoder, seeds: Sequence[int]) -> None:
         self.nudge = nudge
         self._objective = objective
+        self._own = [objective.part([index]) for index in range(len(seeds))]
         self._decode = decode
         self._seeds = list(seeds)
         self._done: set[int] = set()
@@ -40,15 +41,18 @@ class Guide:
 
     def at(self, step: int, denoised: Tensor, spread: Tensor | None = None) -> Tensor:
         """The denoised prediction [B, C, h, w], nudged; `spread` [B]: cfg · rms(D_cond − D_uncond), None without
-        CFG."""
-        return self._keep(step, self.nudge(denoised, self._at(step), self._decode, spread))
+        CFG. Picture by picture, so that a batch takes no more memory than one of its pictures."""
+        return self._keep(step, _together([self._one(index, step, denoised, spread) for index in range(len(denoised))]))
+
+    def _one(self, index: int, step: int, denoised: Tensor, spread: Tensor | None) -> Nudged:
+        only = slice(index, index + 1)
+        objective = partial(self._own[index], seeds=self._seeds[only], step=step)
+        return self.nudge(denoised[only], objective, self._decode, None if spread is None else spread[only])
 
     def at_input(self, step: int, denoised: Tensor, x: Tensor, remaining: float) -> Tensor:
         """The same where the gradient goes through the UNet; see `Nudge.through_unet`."""
-        return self._keep(step, self.nudge.through_unet(denoised, x, self._at(step), self._decode, remaining))
-
-    def _at(self, step: int) -> Objective:
-        return partial(self._objective, seeds=self._seeds, step=step)
+        objective = partial(self._objective, seeds=self._seeds, step=step)
+        return self._keep(step, self.nudge.through_unet(denoised, x, objective, self._decode, remaining))
 
     def _keep(self, step: int, nudged: Nudged) -> Tensor:
         self._done.add(step)
@@ -72,3 +76,13 @@ class Guide:
     def scores(self, images: Tensor) -> dict[str, Tensor]:
         """How near finished pictures [B, 3, H, W], 0..1, are to the references; see `Objective.scores`."""
         return self._objective.scores(images)
+
+
+def _together(nudged: Sequence[Nudged]) -> Nudged:
+    """What became of each picture, as of one batch."""
+    return Nudged(
+        torch.cat([one.denoised for one in nudged]),
+        torch.cat([one.r for one in nudged]),
+        torch.cat([one.failed for one in nudged]),
+        next((one.skipped for one in nudged if one.skipped), ""),
+    )

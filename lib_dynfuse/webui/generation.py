@@ -83,7 +83,7 @@ def begin(p: Any, args: Sequence[Any]) -> None:
     p._dynfuse = generation
     p.extra_generation_params.update(options.infotext())
     p.extra_generation_params[CHOSEN_KEY] = _chosen
-    if options.nudge or options.score or options.keep_best:
+    if options.compares:
         _begin_guiding(p, generation)
 
 

@@ -55,6 +55,9 @@ class Looks(Guide):
 class Brightness:
     """An objective: R is how dark each picture is, in one corner more than in the other."""
 
+    def part(self, indices: Sequence[int]) -> Brightness:
+        return self
+
     def __call__(self, images: Tensor, seeds: Sequence[int] | None = None, step: int = 0) -> Tensor:
         weight = torch.linspace(0, 1, images.shape[-1], dtype=images.dtype, device=images.device)
         return -(images.square() * weight).mean((1, 2, 3))

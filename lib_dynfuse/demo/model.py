@@ -45,10 +45,10 @@ class Preset:
     judge_batch: int = 32
     style_judge_steps: int = 4000
     style_judge_batch: int = 256
-    clip_steps: int = 2400
-    clip_batch: int = 96
-    dino_steps: int = 4000
-    dino_batch: int = 48
+    clip_steps: int = 2000
+    clip_batch: int = 192
+    dino_steps: int = 2000
+    dino_batch: int = 192
     autocast: bool = False
 
 
@@ -69,8 +69,8 @@ PRESETS = {
         judge_batch=128,
         clip_steps=8000,
         clip_batch=384,
-        dino_steps=20000,
-        dino_batch=256,
+        dino_steps=8000,
+        dino_batch=384,
         autocast=True,
     ),
 }

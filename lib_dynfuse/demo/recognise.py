@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.nn.functional import normalize
-from transformers import ViTModel
+from torch.nn.functional import adaptive_avg_pool2d, normalize
 
 from lib_dynfuse.demo import encoders, judge, split
 from lib_dynfuse.demo.data import Pictures
+from lib_dynfuse.guidance.encoders import ClipEncoder, Encoder, load_clip, load_dino
 
 BATCH = 128
 
@@ -31,6 +31,11 @@ def unseen(pictures: Pictures) -> np.ndarray:
     return np.setdiff1d(np.arange(len(pictures)), encoders.taught(pictures))
 
 
+def seen(pictures: Pictures) -> np.ndarray:
+    """Indices of the pictures that unseen ones are compared with: those taught, of subjects of the split."""
+    return np.intersect1d(encoders.taught(pictures), np.flatnonzero(of_split(pictures)))
+
+
 def neighbours(features: torch.Tensor, pictures: Pictures) -> dict[str, float]:
     """Of all unseen pictures, the share whose nearest seen one agrees with them.
 
@@ -39,9 +44,7 @@ def neighbours(features: torch.Tensor, pictures: Pictures) -> dict[str, float]:
     Args:
         features: [N, D] of all pictures, of length 1.
     """
-    style = drawn_alike(pictures)
-    known = np.intersect1d(encoders.taught(pictures), np.flatnonzero(of_split(pictures)))
-    asked = unseen(pictures)
+    style, known, asked = drawn_alike(pictures), seen(pictures), unseen(pictures)
     near = (features[asked] @ features[known].T).numpy()
     same_subject = pictures.subject[asked][:, None] == pictures.subject[known]
     same_style = style[asked][:, None] == style[known]
@@ -53,40 +56,65 @@ def neighbours(features: torch.Tensor, pictures: Pictures) -> dict[str, float]:
     }
 
 
+def by_references(features: torch.Tensor, pictures: Pictures) -> dict[str, float]:
+    """Of the truth pictures, the share that is nearer to its own subject's, its own style's reference than to others.
+
+    A reference is what guidance would be given: the mean of a held-out subject's pictures in the styles that are
+    taught, or of a style's pictures of the other subjects.
+
+    Args:
+        features: [N, D] of all pictures, of length 1.
+    """
+    asked, known = np.flatnonzero(pictures.truth), seen(pictures)
+    shares = {}
+    for what, kind in (("subject", pictures.subject), ("style", drawn_alike(pictures))):
+        choices = np.unique(kind[asked] if what == "subject" else kind)
+        means = torch.stack([features[known[kind[known] == choice]].mean(0) for choice in choices])
+        found = choices[(features[asked] @ normalize(means, dim=1).T).argmax(1)]
+        name = f"{what} of {len(asked)} truth pictures by references of {len(choices)}"
+        shares[name] = float((found == kind[asked]).mean())
+    return shares
+
+
 @torch.no_grad()
-def clip_figures(folder: Path, pictures: Pictures) -> dict[str, float]:
-    """What the CLIP in `folder` says of pictures by their captions, and by their neighbours."""
-    open_clip = encoders.import_open_clip()
-    model = open_clip.create_model(f"local-dir:{folder}").float().eval()
-    tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
-    parts = (encoders.sized(part) for part in pictures.images.split(BATCH))
-    wanted = (encoders.prepared(part, encoders.CLIP_MEAN, encoders.CLIP_STD) for part in parts)
-    images = torch.cat([model.encode_image(part, normalize=True) for part in wanted])
+def looked_at(encoder: Encoder, pictures: Pictures) -> torch.Tensor:
+    """[N, D] of length 1, as guidance sees the pictures."""
+    return torch.cat([encoder.image(part.float() / 255) for part in pictures.images.split(BATCH)])
+
+
+def by_captions(clip: ClipEncoder, features: torch.Tensor, pictures: Pictures) -> dict[str, float]:
+    """The share of unseen pictures, and of truth pictures, whose nearest caption names their subject, their style."""
     subjects = [name for name in judge.SUBJECTS if name in pictures.names]
-    judged = [split.JUDGED_AS[style] for style in pictures.styles]
-
-    def named(texts: list[str], index: np.ndarray) -> list[int]:
-        return (images[index] @ model.encode_text(tokenizer(texts), normalize=True).T).argmax(1).tolist()
-
-    def right(index: np.ndarray) -> dict[str, float]:
-        subject = named([f"{name} emoji" for name in subjects], index)
-        style = named([f"{split.STYLE_WORDS[style]} style" for style in pictures.styles], index)
-        are_subject = [subjects[k] == pictures.names[n] for k, n in zip(subject, pictures.subject[index], strict=True)]
-        are_style = [judged[k] == judged[n] for k, n in zip(style, pictures.style[index], strict=True)]
-        return {"subject": float(np.mean(are_subject)), "style": float(np.mean(are_style))}
-
-    asked, truth = unseen(pictures), np.flatnonzero(pictures.truth)
-    return {
-        **{f"{what} by captions, {len(asked)} pictures": share for what, share in right(asked).items()},
-        **{f"{what} by captions, {len(truth)} truth pictures": share for what, share in right(truth).items()},
-        **neighbours(images, pictures),
-    }
+    number = np.array([subjects.index(name) if name in subjects else -1 for name in pictures.names])
+    judged = np.array([split.JUDGED_STYLES.index(split.JUDGED_AS[style]) for style in pictures.styles])
+    named = clip.text([f"{name} emoji" for name in subjects])
+    styled = clip.text([f"{split.STYLE_WORDS[style]} style" for style in pictures.styles])
+    shares = {}
+    for what, index in (("", unseen(pictures)), ("truth ", np.flatnonzero(pictures.truth))):
+        subject = (features[index] @ named.T).argmax(1).numpy()
+        style = judged[(features[index] @ styled.T).argmax(1).numpy()]
+        end = f"by captions, {len(index)} {what}pictures"
+        shares[f"subject {end}"] = float((subject == number[pictures.subject[index]]).mean())
+        shares[f"style {end}"] = float((style == drawn_alike(pictures)[index]).mean())
+    return shares
 
 
-@torch.no_grad()
+def clip_figures(folder: Path, pictures: Pictures) -> dict[str, float]:
+    """What the CLIP in `folder` says of pictures by their captions, by their neighbours and by references."""
+    clip = load_clip(str(folder))
+    features = looked_at(clip, pictures)
+    captions = by_captions(clip, features, pictures)
+    return {**captions, **neighbours(features, pictures), **by_references(features, pictures)}
+
+
 def dino_figures(folder: Path, pictures: Pictures) -> dict[str, float]:
     """What the DINO in `folder` takes for alike."""
-    model = ViTModel.from_pretrained(folder, add_pooling_layer=False, dtype=torch.float32).eval()
-    parts = (encoders.sized(part) for part in pictures.images.split(BATCH))
-    wanted = (encoders.prepared(part, encoders.DINO_MEAN, encoders.DINO_STD) for part in parts)
-    return neighbours(normalize(torch.cat([model(part).last_hidden_state[:, 0] for part in wanted]), dim=1), pictures)
+    features = looked_at(load_dino(str(folder)), pictures)
+    return {**neighbours(features, pictures), **by_references(features, pictures)}
+
+
+def pixel_figures(pictures: Pictures) -> dict[str, float]:
+    """What is alike pixel by pixel, at 8 x 8 of them: what an encoder has to beat."""
+    small = torch.cat([adaptive_avg_pool2d(part.float(), 8).flatten(1) for part in pictures.images.split(BATCH)])
+    features = normalize(small - small.mean(0), dim=1)
+    return {**neighbours(features, pictures), **by_references(features, pictures)}

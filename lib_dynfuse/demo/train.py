@@ -245,36 +245,35 @@ def train_judge(work: Work) -> None:
     )
 
 
-def train_clip(work: Work) -> None:
-    preset, pictures = work.preset, work.pictures
-    trained, curve = encoders.train_clip(
-        work.checkpoint("clip"),
-        pictures,
-        batch=preset.clip_batch,
-        schedule=work.schedule("clip", preset.clip_steps, 2e-3, ema=0.99),
-        device=work.device,
-        bar=work.bar,
+def train_encoder(
+    work: Work,
+    stage: str,
+    steps: int,
+    batch: int,
+    learn: Callable[..., tuple[Any, loop.Curve]],
+    save: Callable[[Any, Path], None],
+) -> Path:
+    """Trains an encoder for guidance and writes its folder, which is returned."""
+    schedule = work.schedule(stage, steps, 1e-3, warmup=50, ema=0.99)
+    trained, curve = learn(
+        work.checkpoint(stage), work.pictures, batch=batch, schedule=schedule, device=work.device, bar=work.bar
     )
-    work.record.curve("clip", curve, preset.clip_batch)
-    folder = work.out / "encoders" / "clip"
-    encoders.save_clip(trained, folder)
-    work.record.figure("CLIP on real pictures that it has not seen", recognise.clip_figures(folder, pictures))
+    work.record.curve(stage, curve, batch)
+    save(trained, work.out / stage)
+    return work.out / stage
+
+
+def train_clip(work: Work) -> None:
+    steps, batch = work.preset.clip_steps, work.preset.clip_batch
+    folder = train_encoder(work, "clip", steps, batch, encoders.train_clip, encoders.save_clip)
+    work.record.figure("CLIP on real pictures that it has not seen", recognise.clip_figures(folder, work.pictures))
 
 
 def train_dino(work: Work) -> None:
-    preset, pictures = work.preset, work.pictures
-    trained, curve = encoders.train_dino(
-        work.checkpoint("dino"),
-        pictures,
-        batch=preset.dino_batch,
-        schedule=work.schedule("dino", preset.dino_steps, 1e-3, ema=0.99),
-        device=work.device,
-        bar=work.bar,
-    )
-    work.record.curve("dino", curve, preset.dino_batch)
-    folder = work.out / "encoders" / "dino"
-    encoders.save_dino(trained, folder)
-    work.record.figure("DINO on real pictures that it has not seen", recognise.dino_figures(folder, pictures))
+    steps, batch = work.preset.dino_steps, work.preset.dino_batch
+    folder = train_encoder(work, "dino", steps, batch, encoders.train_dino, encoders.save_dino)
+    figures = {**recognise.dino_figures(folder, work.pictures), "pixels alone": recognise.pixel_figures(work.pictures)}
+    work.record.figure("DINO on real pictures that it has not seen", figures)
 
 
 def train_loras(work: Work) -> None:
@@ -361,7 +360,9 @@ def train_demo(
     bar: bool = True,
     more_file: Path | None = None,
 ) -> None:
-    """Trains the boxed model, or some of its stages, and writes `out`/{model, loras, judge, pictures.npz, record.json}.
+    """Trains the boxed model, or some of its stages, and writes what the box holds into `out`.
+
+    These are model, loras, judge, clip, dino, pictures.npz and record.json.
 
     Args:
         data_file: the emoji pictures; None fetches the npm packages and makes the file in `out`.

@@ -11,8 +11,10 @@ import torch
 from diffusers import StableDiffusionPipeline
 from safetensors import safe_open
 from safetensors.torch import load_file
+from torch.nn.functional import normalize
 
-from lib_dynfuse.demo import data, judge, loras, model, split
+from lib_dynfuse.demo import data, encoders, judge, loras, model, recognise, split
+from lib_dynfuse.guidance.encoders import Encoder, load_clip, load_dino
 
 BOX = Path(model.__file__).parent
 EXPECTED_LORAS = {
@@ -117,6 +119,62 @@ def test_the_true_pictures_are_in_the_box_and_the_judge_knows_them() -> None:
     assert min(found.values()) >= 0.9
 
 
+def features(encoder: Encoder) -> tuple[torch.Tensor, data.Pictures]:
+    """What guidance sees of the boxed pictures."""
+    pictures = data.load(BOX / "pictures.npz", 64)
+    return recognise.looked_at(encoder, pictures), pictures
+
+
+def share_told_by_other_drawings(seen: torch.Tensor, pictures: data.Pictures) -> float:
+    """Of the truth pictures, those nearest to the mean of their own subject's pictures in other styles, of 24."""
+    truths = np.flatnonzero(pictures.truth)
+    own = [seen[pictures.where((name,), split.SUBJECT_STYLES)].mean(0) for name in pictures.names]
+    found = (seen[truths] @ normalize(torch.stack(own), dim=1).T).argmax(1).numpy()
+    return float((found == pictures.subject[truths]).mean())
+
+
+def test_clip_and_dino_are_at_most_6_megabytes_together() -> None:
+    assert weight(encoders.CLIP_BOX) + weight(encoders.DINO_BOX) <= 6_000_000
+
+
+def test_clip_and_dino_are_fp16_and_finite() -> None:
+    files = [*encoders.CLIP_BOX.glob("*.safetensors"), *encoders.DINO_BOX.glob("*.safetensors")]
+    assert len(files) == 2
+    for file in files:
+        for name, value in load_file(file).items():
+            assert value.dtype == torch.float16, name
+            assert value.isfinite().all(), name
+
+
+def test_dino_tells_the_subject_of_a_picture_that_it_never_saw_in_that_style() -> None:
+    assert share_told_by_other_drawings(*features(load_dino(str(encoders.DINO_BOX)))) >= 0.6
+
+
+def test_clip_tells_that_subject_and_style() -> None:
+    clip = load_clip(str(encoders.CLIP_BOX))
+    seen, pictures = features(clip)
+    assert share_told_by_other_drawings(seen, pictures) >= 0.4
+    truths, styles = pictures.truth, [split.JUDGED_AS[style] for style in pictures.styles]
+    words = clip.text([f"{split.STYLE_WORDS[style]} style" for style in pictures.styles])
+    found = (seen @ words.T).argmax(1).tolist()
+    right = np.array([styles[k] == styles[own] for k, own in zip(found, pictures.style, strict=True)])
+    assert right[truths].mean() >= 0.6
+    assert right[~truths].mean() >= 0.6
+
+
+def test_a_step_along_the_gradient_brings_a_picture_nearer_to_its_reference() -> None:
+    for encoder in (load_clip(str(encoders.CLIP_BOX)), load_dino(str(encoders.DINO_BOX))):
+        seen, pictures = features(encoder)
+        fox = pictures.where(("fox",), ("flat",))
+        images = (pictures.images[pictures.where(split.HELD_SUBJECTS, ("hc",))].float() / 255).requires_grad_()
+        before = encoder.image(images) @ seen[fox].T
+        (gradient,) = torch.autograd.grad(before.sum(), images)
+        assert gradient.isfinite().all()
+        step = 0.01 * gradient / gradient.square().mean((1, 2, 3), keepdim=True).sqrt()
+        after = encoder.image(images.detach() + step) @ seen[fox].T
+        assert (after > before).all()
+
+
 def test_the_record_has_every_stage_and_its_seconds() -> None:
     stages = record()["stages"]
     assert {
@@ -127,6 +185,8 @@ def test_the_record_has_every_stage_and_its_seconds() -> None:
         "unet",
         "judge-subject",
         "judge-style",
+        "clip",
+        "dino",
         *EXPECTED_LORAS,
     } == stages.keys()
     assert all(stage["seconds"] > 0 and stage["losses"] for stage in stages.values())

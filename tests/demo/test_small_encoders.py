@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -28,11 +30,6 @@ def generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
 
 
-def letters(texts: list[str]) -> torch.Tensor:
-    """A tokenizer whose only token is the text's place in the list."""
-    return torch.arange(len(texts))[:, None]
-
-
 def test_neither_truth_nor_what_the_judges_never_saw_is_learnt(pictures: data.Pictures) -> None:
     known = encoders.taught(pictures)
     assert not pictures.truth[known].any()
@@ -42,66 +39,70 @@ def test_neither_truth_nor_what_the_judges_never_saw_is_learnt(pictures: data.Pi
     assert len(known) + len(asked) == len(pictures)
 
 
-def test_a_caption_fits_every_picture_that_it_describes(pictures: data.Pictures) -> None:
-    captions = encoders.Captions(pictures, letters)
-    subject, style = torch.arange(300) % 5, torch.arange(300) % 3
-    rows, fits, unsaid = captions.draw(subject, style, torch.zeros(300, dtype=torch.bool), generator())
-    assert not unsaid.any()
-    subjects, styles = len(pictures.names), len(pictures.styles)
-    kinds = set()
-    for column, row in enumerate(rows[:, 0].tolist()):
-        if row < subjects:
-            kinds.add("subject")
-            expected = subject == row
-        elif row < subjects + styles:
-            kinds.add("style")
-            expected = style == row - subjects
-        else:
-            kinds.add("both")
-            number, look = divmod(row - subjects - styles, styles)
-            expected = (subject == number) & (style == look)
-        assert torch.equal(fits[:, column], expected)
-        assert fits[column, column]
-    assert kinds == {"subject", "style", "both"}
+def test_a_batch_shows_each_of_its_subjects_in_several_styles(pictures: data.Pictures) -> None:
+    drawn = encoders.Lessons(pictures).draw(60, 0.3, generator())
+    assert len(drawn.subjects) == len(set(drawn.subjects.tolist())) > 10
+    assert torch.equal(drawn.subjects[drawn.place], drawn.subject)
+    for subject in drawn.subjects:
+        styles = drawn.style[drawn.subject == subject].tolist()
+        assert len(styles) == len(set(styles)) == encoders.CHOSEN_STYLES
 
 
-def test_a_picture_redrawn_is_of_no_style(pictures: data.Pictures) -> None:
-    captions = encoders.Captions(pictures, letters)
-    subject, style, redrawn = torch.arange(300) % 5, torch.arange(300) % 3, torch.arange(300) % 4 == 0
-    rows, fits, unsaid = captions.draw(subject, style, redrawn, generator())
-    names_style = rows[:, 0] >= len(pictures.names)
-    assert not names_style[redrawn].any()
-    assert not fits[redrawn][:, names_style].any()
-    assert unsaid[redrawn][:, names_style].any()
-    assert not unsaid[~redrawn].any()
-    assert not (fits & unsaid).any()
-    assert fits.diagonal().all()
+def test_a_batch_holds_only_pictures_that_are_taught(pictures: data.Pictures) -> None:
+    lessons = encoders.Lessons(pictures)
+    known = {(int(pictures.subject[k]), int(pictures.style[k])): int(k) for k in encoders.taught(pictures)}
+    for seed in range(5):
+        drawn = lessons.draw(60, 0.0, torch.Generator().manual_seed(seed))
+        index = [known[pair] for pair in zip(drawn.subject.tolist(), drawn.style.tolist(), strict=True)]
+        assert torch.equal(drawn.images, encoders.sized(pictures.floats(np.array(index))))
 
 
-def test_a_view_is_as_large_as_asked_and_stays_in_range() -> None:
-    images = 2 * torch.rand(4, 3, 64, 64, generator=generator()) - 1
-    for pixels in (encoders.PIXELS, encoders.LOCAL):
-        cut = encoders.view(images, pixels, 0.4, 0.6, generator())
-        assert cut.shape == (4, 3, pixels, pixels)
-        assert cut.abs().max() <= 1
+def test_a_line_drawing_has_no_colour(pictures: data.Pictures) -> None:
+    drawn = encoders.Lessons(pictures).draw(60, 0.5, generator())
+    grey = (drawn.images - drawn.images[:, :1]).abs().amax((1, 2, 3)) < 1e-5
+    assert torch.equal(grey, drawn.redrawn)
+    assert 0 < grey.sum() < len(grey)
 
 
-def test_a_view_of_paper_is_paper() -> None:
-    cut = encoders.view(torch.ones(2, 3, 64, 64), 32, 0.4, 0.6, generator())
-    assert cut.mean() > 0.9  # but for the noise
+def test_paper_stays_paper_however_it_is_shifted() -> None:
+    assert torch.allclose(encoders.shifted(torch.ones(3, 3, 32, 32), generator()), torch.ones(()))
 
 
-@torch.no_grad()
-def test_the_slow_average_follows_and_is_kept_with_the_checkpoint(tmp_path: Path) -> None:
+def test_shifting_moves_every_picture_in_its_own_way() -> None:
+    image = torch.zeros(1, 3, 32, 32).expand(4, -1, -1, -1)
+    moved = encoders.shifted(image, generator())
+    assert moved.shape == image.shape
+    assert all((one - other).abs().max() > 0.1 for one, other in combinations(moved, 2))
+
+
+def test_the_first_layer_sees_patches_as_evenly_spread_about_zero() -> None:
     torch.manual_seed(0)
-    model = encoders.Distilled()
-    images = torch.rand(2, 3, 64, 64)
-    before = model(images)
-    for parameter in model.parameters():
-        parameter.mul_(1.5)
-    assert torch.allclose(model.taught_by_average(images, momentum=1.0), before, atol=1e-6)
-    assert torch.allclose(model.taught_by_average(images, momentum=0.0), model(images), atol=1e-6)
-    assert not torch.allclose(model(images), before, atol=1e-3)
+    images = torch.randn(400, 3, 8, 8)
+    images = torch.nn.functional.interpolate(images, (encoders.PIXELS, encoders.PIXELS)) + 3
+    weight, bias = encoders.telling_patches(images, 48)
+    found = torch.nn.functional.conv2d(images, weight, bias, stride=encoders.PATCH).permute(1, 0, 2, 3).flatten(1)
+    assert found.mean(1).abs().max() < 1e-3
+    strength = torch.linalg.eigvalsh(found @ found.T / found.shape[1])
+    assert strength.max() <= 0.25 + 1e-4
+    assert strength.min() > 0.2
+
+
+def test_contrast_is_that_of_the_paper() -> None:
+    logits = torch.tensor([[9.0, 1.0, 2.0, 0.0], [1.0, 9.0, 0.5, 0.0], [2.0, 0.5, 9.0, 0.0], [0.0, 0.0, 0.0, 9.0]])
+    kind = torch.tensor([4, 4, 4, 7])
+    told = []
+    for row in range(3):
+        others = [k for k in range(4) if k != row]
+        told += [others_log(logits[row], others) - logits[row, k] for k in others if kind[k] == 4]
+    assert torch.allclose(encoders.contrast(logits, kind), torch.stack(told).mean(), atol=1e-6)
+
+
+def others_log(row: torch.Tensor, others: list[int]) -> torch.Tensor:
+    return row[others].exp().sum().log()
+
+
+def test_contrast_without_a_pair_is_nothing() -> None:
+    assert encoders.contrast(torch.ones(3, 3), torch.arange(3)) == 0
 
 
 def test_buffers_go_on_with_an_interrupted_run(tmp_path: Path) -> None:
@@ -130,17 +131,6 @@ def test_buffers_go_on_with_an_interrupted_run(tmp_path: Path) -> None:
     assert run(stop_before=None).count == 50
 
 
-def test_batch_norms_are_measured_on_the_final_weights(pictures: data.Pictures) -> None:
-    torch.manual_seed(0)
-    model = open_clip.CLIP(**encoders.CLIP).eval()
-    known = encoders.taught(pictures)[:32]
-    seen: list[torch.Tensor] = []
-    model.visual.bn1.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
-    encoders.settle(model, pictures, known, torch.device("cpu"))
-    assert torch.allclose(model.visual.bn1.running_mean, seen[0].mean((0, 2, 3)), atol=1e-5)
-    assert not any(part.training for part in model.modules())
-
-
 def test_words_of_no_caption_are_zero() -> None:
     model = open_clip.CLIP(**encoders.CLIP)
     encoders.forget_unused_words(model, torch.tensor([[3, 5], [3, 9]]))
@@ -154,6 +144,22 @@ def test_the_nearest_in_another_style_and_of_another_subject_are_counted(picture
     assert set(recognise.neighbours(both, pictures).values()) == {1.0}
     assert recognise.neighbours(by_subject, pictures)["subject of the nearest in another style"] == 1.0
     assert recognise.neighbours(by_style, pictures)["subject of the nearest in another style"] < 0.1
+
+
+def test_the_references_of_subject_and_style_are_counted(pictures: data.Pictures) -> None:
+    by_subject = torch.nn.functional.one_hot(torch.from_numpy(pictures.subject)).float()
+    by_style = torch.nn.functional.one_hot(torch.from_numpy(recognise.drawn_alike(pictures))).float()
+    both = normalize(torch.cat([by_subject, by_style], 1), dim=1)
+    assert recognise.by_references(both, pictures) == {
+        "subject of 48 truth pictures by references of 24": 1.0,
+        "style of 48 truth pictures by references of 4": 1.0,
+    }
+    assert (
+        recognise.by_references(normalize(by_style, dim=1), pictures)[
+            "subject of 48 truth pictures by references of 24"
+        ]
+        < 0.1
+    )
 
 
 def check_loads(folder: Path) -> None:
@@ -172,14 +178,14 @@ def check_loads(folder: Path) -> None:
 
 
 def test_what_training_leaves_loads_by_the_libraries_own_means(trained: Path) -> None:
-    check_loads(trained / "encoders")
+    check_loads(trained)
 
 
 def test_the_folders_say_the_preprocessing_that_training_used(trained: Path) -> None:
-    image = torch.rand(1, 3, 64, 64, generator=generator())
-    clip = json.loads((trained / "encoders" / "clip" / "open_clip_config.json").read_text())["preprocess_cfg"]
-    dino = json.loads((trained / "encoders" / "dino" / "preprocessor_config.json").read_text())
-    assert dino["size"] == {"height": 64, "width": 64}
+    image = torch.rand(1, 3, 32, 32, generator=generator())
+    clip = json.loads((trained / "clip" / "open_clip_config.json").read_text())["preprocess_cfg"]
+    dino = json.loads((trained / "dino" / "preprocessor_config.json").read_text())
+    assert dino["size"] == {"height": 32, "width": 32}
     for mean, std, given in (
         (clip["mean"], clip["std"], (encoders.CLIP_MEAN, encoders.CLIP_STD)),
         (dino["image_mean"], dino["image_std"], (encoders.DINO_MEAN, encoders.DINO_STD)),
@@ -189,20 +195,22 @@ def test_the_folders_say_the_preprocessing_that_training_used(trained: Path) -> 
 
 
 def test_both_together_are_at_most_6_megabytes(trained: Path) -> None:
-    assert sum(file.stat().st_size for file in (trained / "encoders").rglob("*") if file.is_file()) <= 6_000_000
+    files = [file for name in ("clip", "dino") for file in (trained / name).iterdir()]
+    assert len(files) == 5
+    assert sum(file.stat().st_size for file in files) <= 6_000_000
 
 
 @torch.no_grad()
-def test_guidance_sees_through_them_what_the_libraries_see(trained: Path) -> None:
-    cpu, folder = torch.device("cpu"), trained / "encoders"
+def test_guidance_sees_through_them_what_training_saw(trained: Path) -> None:
     images = torch.rand(4, 3, 64, 64, generator=generator())
-    clip = load_clip(str(folder / "clip"), None, cpu)
-    model: Any = open_clip.create_model(f"local-dir:{folder / 'clip'}").float().eval()
-    expected = model.encode_image(encoders.prepared(images * 2 - 1, encoders.CLIP_MEAN, encoders.CLIP_STD), True)
-    assert torch.allclose(clip.image(images), expected, atol=1e-4)
-    tokens = open_clip.SimpleTokenizer()(["fox emoji", "flat style"])
+    small = encoders.sized(images * 2 - 1)
+    clip = load_clip(str(trained / "clip"))
+    model: Any = open_clip.create_model(f"local-dir:{trained / 'clip'}").float().eval()
+    expected = model.encode_image(encoders.prepared(small, encoders.CLIP_MEAN, encoders.CLIP_STD), True)
+    assert torch.allclose(clip.image(images), expected, atol=1e-3)
+    tokens = open_clip.SimpleTokenizer(context_length=16)(["fox emoji", "flat style"])
     assert torch.allclose(clip.text(["fox emoji", "flat style"]), model.encode_text(tokens, True), atol=1e-4)
-    dino = load_dino(str(folder / "dino"), None, cpu)
-    vit = ViTModel.from_pretrained(folder / "dino", add_pooling_layer=False, dtype=torch.float32).eval()
-    found = vit(encoders.prepared(images * 2 - 1, encoders.DINO_MEAN, encoders.DINO_STD)).last_hidden_state[:, 0]
-    assert torch.allclose(dino.image(images), normalize(found, dim=1), atol=1e-4)
+    dino = load_dino(str(trained / "dino"))
+    vit = ViTModel.from_pretrained(trained / "dino", add_pooling_layer=False, dtype=torch.float32).eval()
+    found = vit(encoders.prepared(small, encoders.DINO_MEAN, encoders.DINO_STD)).last_hidden_state[:, 0]
+    assert torch.allclose(dino.image(images), normalize(found, dim=1), atol=1e-3)

@@ -102,7 +102,7 @@ class Options(BaseModel, extra="forbid"):
         description="Where nudging begins: 0 at the first step, 1 at the last.",
     )
     nudge_stop: float = Field(
-        default=0.7,
+        default=1.0,
         title="Nudge until",
         ge=0.0,
         le=1.0,
@@ -112,7 +112,7 @@ class Options(BaseModel, extra="forbid"):
         default=1, title="Nudge every", ge=1, le=100, description="Steps from one nudge to the next."
     )
     nudge_clamp: float = Field(
-        default=0.1,
+        default=0.03,
         title="Nudge at most",
         ge=0.0,
         le=1.0,

@@ -63,7 +63,7 @@ def test_a_number_is_taken_inside_its_range_and_refused_with_the_range_outside(o
         ({"strategy": "klora", "parameters": {"alpha": 99}}, ["alpha", "0.01 to 10"]),
         ({"parameters": {"balance": 1}}, ["balance", "an option of its own"]),
         ({"start": 0.6, "stop": 0.5}, ["start 0.6", "stop 0.5"]),
-        ({"nudge": True, "nudge_start": 0.8}, ["nudge_start 0.8", "nudge_stop 0.7"]),
+        ({"nudge": True, "nudge_start": 0.8, "nudge_stop": 0.7}, ["nudge_start 0.8", "nudge_stop 0.7"]),
         ({"nudge_mode": "xy"}, ["nudge_mode", "x0, adam, xt"]),
         ({"nudge_decoder": "full", "references": "mine"}, ["taesd, vae, linear", "auto, given, preview, generated"]),
         ({"nudge_strength": 2.5, "nudge_every": 0}, ["nudge_strength", "0 to 2", "nudge_every", "1 to 100"]),
@@ -121,7 +121,7 @@ def test_the_infotext_says_of_guidance_what_matters():
 
 
 def test_a_nudges_window_is_not_judged_while_there_are_no_nudges():
-    assert Options.read({"nudge_start": 0.8}).nudge_start == 0.8
+    assert Options.read({"nudge_start": 0.8, "nudge_stop": 0.7}).nudge_start == 0.8
 
 
 def test_reference_pictures_are_written_as_their_number_and_what_is_in_them(tmp_path: Path):

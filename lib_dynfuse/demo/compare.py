@@ -63,6 +63,11 @@ _NUDGES: dict[str, Any] = {
     "nudge_clamp": 0.03,
     "nudge_decoder": "vae",
     "nudge_cutouts": 0,
+    # The boxed DINO knows subjects whatever their style, and nothing of styles.
+    "weight_clip_subject": 1.0,
+    "weight_clip_style": 1.0,
+    "weight_dino_subject": 1.0,
+    "weight_dino_style": 0.0,
     "clip": "clip",
     "dino": "dino",
 }

@@ -74,9 +74,9 @@ class Nudge:
     mode: str = "x0"
     strength: float = 0.2
     start: float = 0.3
-    stop: float = 0.7
+    stop: float = 1.0
     every: int = 1
-    clamp: float = 0.1
+    clamp: float = 0.03
     steps: int = 3
     pull: float = 1.0
 

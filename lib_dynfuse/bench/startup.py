@@ -49,7 +49,7 @@ def start_up(unet: str = "sd15", rank: int = 32, cover: str = "attention", threa
         del layers
         # LoRAs of the UNet alone need nothing else of a pipeline.
         pipeline: Any = StableDiffusionPipeline(
-            None, None, None, model, DDIMScheduler(clip_sample=False), None, None, None, False
+            None, None, None, model, DDIMScheduler(clip_sample=False, steps_offset=1), None, None, None, False
         )
         adapters = Adapters(pipeline, unet, _quiet)
         networks = [Network(path, role=role) for role, path in files.items()]

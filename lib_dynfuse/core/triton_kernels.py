@@ -1,4 +1,7 @@
-"""The device's side of kernels.py, in Triton. Imported only where Triton is there; written for Triton 2.1 and later."""
+"""The device's side of kernels.py, in Triton. Imported only where Triton is there.
+
+It builds with Triton 2.3.1 and 3.9; 2.1 (torch 2.1) fails on `statistics`, and plain torch takes its place.
+"""
 
 # What the arguments are Triton finds out at the call.
 # mypy: disable-error-code="no-untyped-def"

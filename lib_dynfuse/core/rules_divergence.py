@@ -52,6 +52,11 @@ class DivergenceStrategy(Strategy):
         """How many tokens of a layer are looked at, 0 for all of them."""
         return 0
 
+    @property
+    def style_in_negative(self) -> float:
+        """What the style's weight is multiplied by in the negative prompt's half."""
+        return 1.0
+
     def divergences(self, features: Features, work: Workspace) -> tuple[Tensor, Tensor]:
         """(D_s, D_t) per token, float32."""
         base, subject, style, dim, items = features
@@ -115,6 +120,33 @@ class KLToken(DivergenceStrategy):
 
 
 @dataclass(frozen=True)
+class KLCfg(_PerItem):
+    """y0 + a w_s d_s + b w_t d_t, w = 1 for the winner of `kl` and `loser` for the other one.
+
+    In the negative prompt's half b is smaller, as in `sum-cfg`: guidance goes from that half's prediction towards the
+    prompt's and brings out what only the latter has.
+    """
+
+    name: ClassVar[str] = "kl-cfg"
+    help: ClassVar[str] = "Adds both, less of the one that kl would drop, and less style in the negative prompt's half."
+    source: ClassVar[str] = "ours"
+
+    loser: float = number(0.7, 0.0, 1.0, "What the role keeps that moves a layer's features less: 0 switches like kl.")
+    subject: float = number(1.2, 0.0, 4.0, "How much of the subject is added.")
+    style: float = number(0.9, 0.0, 4.0, "How much of the style is added in the prompt's half.")
+    negative: float = number(0.5, 0.0, 2.0, "The share of that in the negative prompt's half; 1 makes no difference.")
+
+    def choose(self, margin: Tensor) -> tuple[Tensor, Tensor]:
+        subject = (margin >= 0).to(margin.dtype)
+        lost = 1 - self.loser
+        return self.subject * (self.loser + lost * subject), self.style * (1 - lost * subject)
+
+    @property
+    def style_in_negative(self) -> float:
+        return self.negative
+
+
+@dataclass(frozen=True)
 class JensenShannon(_PerItem):
     name: ClassVar[str] = "js"
     help: ClassVar[str] = "Like kl, with the symmetric Jensen-Shannon divergence."
@@ -153,8 +185,14 @@ class _DivergenceRule(Rule):
         # For `couple_cfg` where a host runs the halves apart: a layer's last margin for a picture's cond half.
         self._conds: dict[tuple[int, tuple[int, int]], Tensor] = {}
         self._bias = 0.0
+        # The style's share by the half that a row belongs to, where it is not the same in both.
+        self._shares: Tensor | None = None
+        self._shares_of: tuple[tuple[Row, ...], torch.device] | None = None
 
     def begin(self, moment: Moment) -> None:
+        if self._strategy.style_in_negative != 1.0 and (moment.rows, moment.device) != self._shares_of:
+            shares = torch.tensor([1.0 if row.cond else self._strategy.style_in_negative for row in moment.rows])
+            self._shares, self._shares_of = shares.to(moment.device, non_blocking=True), (moment.rows, moment.device)
         lean = self._strategy.balance - self._strategy.schedule * (1 - 2 * moment.progress)
         self._bias = _log_odds(max(-1.0, min(1.0, lean)))
         judged = tuple(moment.rows[row] for row in moment.deciders) if self._strategy.couple_cfg else moment.rows
@@ -187,7 +225,10 @@ class _DivergenceRule(Rule):
             margin, item_subject, item_style = (
                 one.index_select(0, everyone) for one in (margin, item_subject, item_style)
             )
-        selection = Selection(*strategy.choose(margin), item_subject, item_style)
+        subject, style = strategy.choose(margin)
+        if self._shares is not None:
+            style = style * self._shares.view(-1, *(1 for _ in style.shape[1:]))
+        selection = Selection(subject, style, item_subject, item_style)
         if every > 1:
             self._kept[layer, moment.rows] = (moment.step, selection)
         return selection

@@ -14,6 +14,7 @@ from torch import Tensor
 from lib_dynfuse.core.delta import Delta
 from lib_dynfuse.core.moment import Moment
 from lib_dynfuse.core.rules import Look, Pair, Rule, Selection, Strategy, flag, number, text
+from lib_dynfuse.core.types import Row
 
 BOTH = Selection(1.0, 1.0)
 SUBJECT = Selection(1.0, 0.0)
@@ -50,6 +51,47 @@ class Sum(Strategy):
 
     def start(self, pairs: Sequence[Pair]) -> Rule:
         return constant([BOTH] * len(pairs))
+
+
+@dataclass(frozen=True)
+class SumCfg(Strategy):
+    """y0 + a d_s + b d_t, b smaller in the negative prompt's half: classifier-free guidance then brings the style out.
+
+    Guidance goes from the negative half's prediction towards the prompt's. What a network adds to both halves alike is
+    hardly amplified, what only the prompt's half has is; so the style can be weak enough to leave the subject alone.
+    """
+
+    name: ClassVar[str] = "sum-cfg"
+    help: ClassVar[str] = "Adds both, the style less in the negative prompt's half, so that CFG brings it out."
+    source: ClassVar[str] = "ours"
+
+    subject: float = number(1.2, 0.0, 4.0, "How much of the subject is added.")
+    style: float = number(0.8, 0.0, 4.0, "How much of the style is added in the prompt's half.")
+    negative: float = number(0.5, 0.0, 2.0, "The share of that in the negative prompt's half; 1 makes no difference.")
+
+    def start(self, pairs: Sequence[Pair]) -> Rule:
+        return _Halves(self.subject, self.style, self.style * self.negative)
+
+
+class _Halves(Rule):
+    """The subject's weight, and the style's by the half that a row belongs to; sent to the device when rows change."""
+
+    def __init__(self, subject: float, style: float, negative: float) -> None:
+        self._weights = (subject, style, negative)
+        self._made: tuple[tuple[Row, ...], torch.device] | None = None
+        self._selection = NEITHER
+
+    def begin(self, moment: Moment) -> None:
+        made_for = (moment.rows, moment.device)
+        if made_for == self._made:
+            return
+        subject, style, negative = self._weights
+        weights = torch.tensor([[subject, style if row.cond else negative] for row in moment.rows])
+        self._selection = Selection(*weights.T.contiguous().to(moment.device, non_blocking=True))
+        self._made = made_for
+
+    def select(self, layer: int, moment: Moment, look: Look) -> Selection:
+        return self._selection
 
 
 @dataclass(frozen=True)

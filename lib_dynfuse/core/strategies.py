@@ -13,15 +13,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from lib_dynfuse.core.rules import Rule, Strategy
-from lib_dynfuse.core.rules_divergence import Cosine, JensenShannon, KLItem, KLSoft, KLToken
-from lib_dynfuse.core.rules_static import Blocks, Coin, Est, KLora, NullSpace, Sum, Switch
+from lib_dynfuse.core.rules_divergence import Cosine, JensenShannon, KLCfg, KLItem, KLSoft, KLToken
+from lib_dynfuse.core.rules_static import Blocks, Coin, Est, KLora, NullSpace, Sum, SumCfg, Switch
 
 __all__ = ["Parameter", "Rule", "Strategy", "StrategyInfo", "strategies", "strategy"]
 
 _REGISTRY: dict[str, type[Strategy]] = {
     kind.name: kind
     for kind in (
-        Sum, KLItem, KLSoft, KLToken, JensenShannon, Cosine, KLora, Est, NullSpace, Switch, Blocks, Coin,
+        Sum, SumCfg, KLItem, KLCfg, KLSoft, KLToken, JensenShannon, Cosine, KLora, Est, NullSpace, Switch, Blocks, Coin,
     )
 }  # fmt: skip
 

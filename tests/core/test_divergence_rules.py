@@ -30,6 +30,35 @@ def test_kl_gives_an_item_to_the_role_that_moves_it_further() -> None:
     torch.testing.assert_close(found.d_subject, d_subject.mean(1), rtol=1e-4, atol=1e-6)
 
 
+def test_kl_cfg_adds_both_and_less_of_the_loser() -> None:
+    scene = Scene(0.5, 0.5, items=8)
+    wins = torch.as_tensor(select("kl", scene).subject).float()
+    found = select("kl-cfg", scene, loser=0.5, subject=2.0, style=1.0)
+    torch.testing.assert_close(torch.as_tensor(found.subject), 1.0 + wins)
+    torch.testing.assert_close(torch.as_tensor(found.style), 1.0 - 0.5 * wins)
+
+
+def test_kl_cfg_gives_the_negative_prompts_half_less_of_the_style() -> None:
+    scene = Scene(0.5, 0.5, items=4)
+    rows = [Row(0, False), Row(1, False), Row(0, True), Row(1, True)]
+    even = select("kl-cfg", scene, moment(rows=rows), negative=1.0)
+    found = select("kl-cfg", scene, moment(rows=rows), negative=0.25)
+    assert torch.equal(torch.as_tensor(found.subject), torch.as_tensor(even.subject))
+    shares = torch.as_tensor(found.style) / torch.as_tensor(even.style)
+    assert shares.tolist() == [0.25, 0.25, 1.0, 1.0]
+
+
+def test_kl_cfg_weighs_the_halves_also_where_one_decides_for_both_and_a_choice_is_kept() -> None:
+    scene = Scene(0.5, 0.5, items=2)
+    rows = [Row(0, False), Row(0, True)]
+    rule = strategy("kl-cfg", couple_cfg=True, decide_every=3, negative=0.5).start(pairs([(1.0, 1.0)]))
+    for step in range(3):
+        now = moment(step, rows=rows)
+        rule.begin(now)
+        negative, positive = torch.as_tensor(rule.select(0, now, scene.look).style).tolist()
+        assert negative == pytest.approx(positive / 2)
+
+
 def test_kl_token_decides_every_token_by_itself() -> None:
     scene = Scene(0.5, 0.5, items=2, tokens=30)
     d_subject, d_style = scene.divergences()

@@ -15,7 +15,22 @@ from lib_dynfuse.core.delta import Dense, OutputScale
 from lib_dynfuse.core.moment import Moment
 from lib_dynfuse.core.rules import Pair, Rule
 
-NAMES = ["sum", "kl", "kl-soft", "kl-token", "js", "cosine", "klora", "est", "np", "switch", "blocks", "random"]
+NAMES = [
+    "sum",
+    "sum-cfg",
+    "kl",
+    "kl-cfg",
+    "kl-soft",
+    "kl-token",
+    "js",
+    "cosine",
+    "klora",
+    "est",
+    "np",
+    "switch",
+    "blocks",
+    "random",
+]
 
 
 def test_the_registry_has_every_rule_of_the_method() -> None:
@@ -44,7 +59,9 @@ def test_the_parameters_that_divergence_rules_share() -> None:
 
 
 def test_an_unknown_rule_is_refused_with_the_list_and_the_nearest() -> None:
-    with pytest.raises(ValueError, match=r"unknown strategy 'klorra' \(did you mean 'klora'\?\); there are: sum, kl"):
+    with pytest.raises(
+        ValueError, match=r"unknown strategy 'klorra' \(did you mean 'klora'\?\); there are: sum, sum-cfg, kl"
+    ):
         strategy("klorra")
 
 
@@ -155,6 +172,37 @@ def test_np_takes_the_styles_row_space_out_of_the_subject() -> None:
 def test_np_with_mu_zero_is_the_sum() -> None:
     pair = pairs([(1.0, 1.0)])[0]
     assert strategy("np", mu=0.0).prepare(pair) is pair
+
+
+def test_sum_cfg_gives_the_negative_prompts_half_less_of_the_style() -> None:
+    rule = strategy("sum-cfg", subject=1.25, style=0.75, negative=0.5).start(pairs([(1.0, 1.0)] * 2))
+    for rows in ([Row(0, False), Row(0, True), Row(1, True)], [Row(1, True), Row(1, False)]):
+        rule.begin(moment(rows=rows))
+        for layer in range(2):
+            found = rule.select(layer, moment(rows=rows), never)
+            assert torch.as_tensor(found.subject).tolist() == [1.25] * len(rows)
+            assert torch.as_tensor(found.style).tolist() == [0.75 if row.cond else 0.375 for row in rows]
+
+
+def test_sum_cfg_sends_its_weights_to_the_device_once_for_a_batch() -> None:
+    rule = strategy("sum-cfg").start(pairs([(1.0, 1.0)]))
+    found = []
+    for step in range(3):
+        rule.begin(moment(step))
+        found.append(rule.select(0, moment(step), never).style)
+    assert found[0] is found[1] is found[2]
+
+
+def test_sum_cfg_with_neutral_weights_is_the_sum() -> None:
+    layer, x = nn.Linear(6, 5), torch.randn(3, 4, 6)
+    layers = {"l": (layer, {Role.SUBJECT: Dense(torch.randn(5, 6)), Role.STYLE: Dense(torch.randn(5, 6))})}
+    rows = [Row(0, False), Row(0, True), Row(1, True)]
+    made = []
+    for rule in (strategy("sum"), strategy("sum-cfg", subject=1.0, style=1.0, negative=1.0)):
+        with torch.no_grad(), Fusion(layers, rule) as fusion:
+            fusion.rows = rows
+            made.append(layer(x))
+    torch.testing.assert_close(made[0], made[1])
 
 
 def test_switch_takes_turns_subject_first() -> None:

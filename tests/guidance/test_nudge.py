@@ -32,7 +32,7 @@ def brightness(images: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("decoder", sorted(DECODERS))
-@pytest.mark.parametrize("mode", ("x0", "adam"))
+@pytest.mark.parametrize("mode", ["x0", "adam"])
 def test_at_the_default_strength_r_falls_for_nearly_every_latent(objective: Objective, mode: str, decoder: str) -> None:
     latent = torch.cat([latents(seed) for seed in range(100)])
     decode = DECODERS[decoder]
@@ -73,7 +73,7 @@ def test_adam_is_the_library_s_adam_on_the_objective_and_the_pull(objective: Obj
     torch.testing.assert_close(found.r, objective(decode(d0)))
 
 
-@pytest.mark.parametrize("mode", ("x0", "adam"))
+@pytest.mark.parametrize("mode", ["x0", "adam"])
 @pytest.mark.parametrize("strength", [0.2, 5.0, 1e6])
 def test_nothing_moves_further_than_the_clamp(objective: Objective, mode: str, strength: float) -> None:
     latent = latents(3, 2)
@@ -83,7 +83,7 @@ def test_nothing_moves_further_than_the_clamp(objective: Objective, mode: str, s
     assert moved[1] > 0.069 * rms(latent)[1]
 
 
-@pytest.mark.parametrize("mode", ("x0", "adam"))
+@pytest.mark.parametrize("mode", ["x0", "adam"])
 def test_an_item_moves_as_it_would_alone(mode: str) -> None:
     objective = Objective(ToyEncoder(11), ToyEncoder(12), pictures(1), pictures(2), cutouts=2)
     latent, seeds, spread = latents(4, 3), [7, 8, 9], torch.tensor([0.1, 0.4, 0.2])
@@ -95,7 +95,7 @@ def test_an_item_moves_as_it_would_alone(mode: str) -> None:
         torch.testing.assert_close(together.r[one], alone.r)
 
 
-@pytest.mark.parametrize("mode", ("x0", "adam"))
+@pytest.mark.parametrize("mode", ["x0", "adam"])
 def test_works_inside_inference_mode_and_autocast(objective: Objective, mode: str) -> None:
     decode = DECODERS["taesd"]
     expected = Nudge(mode)(latents(5, 2), objective, decode, torch.tensor([0.1, 0.2]))
@@ -128,7 +128,7 @@ def test_a_gradient_too_small_for_half_precision_is_not_lost() -> None:
     assert cosine > 0.99
 
 
-@pytest.mark.parametrize("mode", ("x0", "adam"))
+@pytest.mark.parametrize("mode", ["x0", "adam"])
 def test_an_item_without_a_number_stays_as_it_is_and_the_others_move(mode: str) -> None:
     latent = latents(8, 3)
     alone = Nudge(mode)(latent, brightness, linear("sd1"))
@@ -219,7 +219,7 @@ def test_a_value_out_of_range_is_named(wrong: dict[str, float], said: str) -> No
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("mode", ("x0", "adam"))
+@pytest.mark.parametrize("mode", ["x0", "adam"])
 def test_nothing_waits_for_the_device(mode: str) -> None:
     latent, decode = latents(10, 2).cuda(), linear("sd1")
     run = partial(Nudge(mode), latent, brightness, decode, latent.new_tensor([0.1, 0.2]))

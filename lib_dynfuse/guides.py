@@ -107,7 +107,8 @@ def prepare(
         _say_nothing_left(options, tell)
         return None
     except (MemoryError, RuntimeError) as error:  # of the allocators
-        tell(f"not nudged: CLIP and DINO could not look at the references ({' '.join(str(error).split())[:160]})")
+        said = " ".join(str(error).split())[:160]
+        tell(f"{_without(options)}: CLIP and DINO could not look at the references ({said})")
         return None
     for role, pictures in found.items():
         if pictures is None and any(getattr(weights, term) for term in TERMS if term.endswith(role.value)):
@@ -124,8 +125,13 @@ def _scores(options: Options) -> bool:
 
 
 def _say_nothing_left(options: Options, tell: Callable[[str], None]) -> None:
-    what = "not nudged" if options.nudge else "not scored"
-    tell(f"{what}: there is nothing to compare a picture with, neither encoder has a reference whose weight is not 0")
+    tell(
+        f"{_without(options)}: there is nothing to compare a picture with, neither encoder has a reference whose weight is not 0"
+    )
+
+
+def _without(options: Options) -> str:
+    return "not nudged" if options.nudge else "not scored"
 
 
 def _encoders(

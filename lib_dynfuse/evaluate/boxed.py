@@ -40,6 +40,8 @@ class BoxedMaker:
     def __init__(self, steps: int, cfg: float) -> None:
         self._settings: dict[str, Any] = {"steps": steps, "cfg": cfg}
         quiet_libraries()
+        # A model this small loses more to threads that wait for each other than it gains.
+        torch.set_num_threads(1)
         self._host = Embedded.load(BOX / "model", BOX / "loras", say=lambda line: None)
         self._judge = Judge.load(BOX / "judge")
 

@@ -51,6 +51,7 @@ METHODS: dict[str, Method] = {
         of("subject alone", style=0),
         of("style alone", subject=0),
         of("sum", strategy="sum"),
+        of("sum 1/.8", strategy="sum", style=0.8),
         of("random", strategy="random"),
         of("klora", strategy="klora"),
         of("est", strategy="est"),
@@ -59,7 +60,8 @@ METHODS: dict[str, Method] = {
         of("blocks", strategy="blocks"),
         of("kl", strategy="kl", **_PLAIN),
         of("kl balanced", strategy="kl", **_EVEN),
-        of("kl-token balanced", strategy="kl-token", **_EVEN),
+        of("sum-cfg", strategy="sum-cfg"),
+        of("kl-cfg", strategy="kl-cfg", **_EVEN),
     )
 }
 

@@ -125,9 +125,8 @@ def _scores(options: Options) -> bool:
 
 
 def _say_nothing_left(options: Options, tell: Callable[[str], None]) -> None:
-    tell(
-        f"{_without(options)}: there is nothing to compare a picture with, neither encoder has a reference whose weight is not 0"
-    )
+    nothing = "there is nothing to compare a picture with, neither encoder has a reference whose weight is not 0"
+    tell(f"{_without(options)}: {nothing}")
 
 
 def _without(options: Options) -> str:

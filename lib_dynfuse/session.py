@@ -7,6 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
+from torch import nn
+
+from lib_dynfuse.core.delta import Delta
 from lib_dynfuse.core.fusion import Fusion
 from lib_dynfuse.core.types import Role, Row
 from lib_dynfuse.errors import DynFuseError
@@ -123,7 +126,7 @@ class Session:
         if not self._active:
             return
         try:
-            layers = self.host.layers()
+            layers = self._fitting(self.host.layers())
             self._tell_what_is_apart(layers)
             window = (self.options.start, self.options.stop)
             fusion = Fusion(layers, self._strategy, self._trace, window=window)
@@ -134,6 +137,24 @@ class Session:
         except Exception as error:
             _log.exception("fusion could not begin")
             self._give_up(f"fusion could not begin ({type(error).__name__}: {error})")
+
+    def _fitting(self, layers: Layers) -> Layers:
+        """Without what was made for other layers than these: a LoRA of another model, which the host leaves out too."""
+        fitting: Layers = {}
+        said: list[str] = []
+        for name, (module, deltas) in layers.items():
+            kept = {}
+            for role, delta in deltas.items():
+                wrong = _misfit(module, delta)
+                if wrong:
+                    said.append(f"{name} of the {role.value}'s LoRA, {wrong}")
+                else:
+                    kept[role] = delta
+            if kept:
+                fitting[name] = (module, kept)
+        if said:
+            self.tell(f"{len(said)} parts of LoRAs do not fit this model and were left out, first {said[0]}")
+        return fitting
 
     def _begin_guiding(self, guide: Guide) -> None:
         try:
@@ -238,3 +259,15 @@ class Session:
     def _detach(self) -> None:
         self._fusion = None
         self._attached.close()
+
+
+def _misfit(module: nn.Module, delta: Delta) -> str:
+    """What is wrong with the number of channels, as far as the layer tells its own: packed ones may not."""
+    has = (
+        getattr(module, "in_features", getattr(module, "in_channels", None)),
+        getattr(module, "out_features", getattr(module, "out_channels", None)),
+    )
+    wants = (delta.inputs, delta.outputs)
+    if all(None in (one, other) or one == other for one, other in zip(has, wants, strict=True)):
+        return ""
+    return f"made for {wants[0]} -> {wants[1]} channels where there are {has[0]} -> {has[1]}"

@@ -446,3 +446,25 @@ def test_an_interrupt_in_a_nudge_leaves_nothing_behind(hand: Hand, said: list[st
     one.after_cfg(params)
     assert torch.equal(params["x"], torch.ones(1, 4, 4, 4))
     assert torch.equal(hand.unet(latents(2)), plain)
+
+
+@torch.no_grad()
+def test_a_lora_of_another_model_is_left_out_and_told(hand: Hand, said: list[str]) -> None:
+    plain = hand.unet(latents(2))
+    fitting = hand.layers()["0"][1]
+    wide = LowRank(torch.ones(2, 12), torch.ones(12, 2))
+    hand.layers = lambda: {"0": (hand.unet[0], {**fitting, Role.STYLE: wide}), "2": (hand.unet[2], {Role.STYLE: wide})}  # type: ignore[method-assign]
+    one = session(hand, said, strategy="sum")
+    one.activate({"lora": BOTH})
+    one.attach(1)
+    one.step((Place(0, 1, 1.0), rows(1)))
+    x = latents(2)
+    first = hand.unet[0](x)
+    torch.testing.assert_close(first, torch.nn.functional.linear(x, hand.unet[0].weight, hand.unet[0].bias)
+                               + fitting[Role.SUBJECT](x, first))  # fmt: skip
+    one.close()
+    assert said[0] == (
+        "2 parts of LoRAs do not fit this model and were left out, first 0 of the style's LoRA, "
+        "made for 12 -> 12 channels where there are 6 -> 6"
+    )
+    assert torch.equal(hand.unet(latents(2)), plain)

@@ -55,7 +55,7 @@ def test_a_host_without_the_plot_is_no_error():
 
 def test_switches_and_rules_offer_their_choices():
     assert axes()["[DynFuse] Enabled"].choices() == ["on", "off"]
-    assert axes()["[DynFuse] Rule"].choices()[:2] == ["sum", "kl"]
+    assert axes()["[DynFuse] Rule"].choices()[:2] == ["sum", "sum-cfg"]
     assert axes()["[DynFuse] Way of nudging"].choices() == ["x0", "adam", "xt"]
     assert axes()["[DynFuse] Temperature"].choices is None
 

@@ -197,8 +197,11 @@ class Session:
             self._trace.sigma = place.sigma
         if self._guide is not None and self._guide.wants(step, place.step, place.total):
             try:
-                self.host.guiding.expect(params, self._guide.through_unet)
-                self._to_nudge = step
+                if self.host.guiding.expect(params, self._guide.through_unet):
+                    self._to_nudge = step
+            except MemoryError as error:
+                self._guide = None
+                self.tell(f"not nudged: {error}")
             except Exception as error:
                 _log.exception("a nudge could not be prepared")
                 self._stop_nudging(error)

@@ -91,8 +91,11 @@ class Guiding:
         self.log.append("begin")
         return lambda: self.log.append("end")
 
-    def expect(self, params: Any, through_unet: bool) -> None:
+    def expect(self, params: Any, through_unet: bool) -> bool:
         self.log.append("expect")
+        if isinstance(self.failure, MemoryError):
+            raise self.failure
+        return True
 
     def predicted(self, params: Any) -> None:
         self.log.append("predicted")
@@ -428,6 +431,18 @@ def test_a_nudge_that_fails_is_told_once_and_the_picture_is_made(hand: Hand, sai
     record = one.finish_batch()
     assert record is not None
     assert record.nudges == {}
+
+
+@torch.no_grad()
+def test_too_little_memory_for_a_gradient_is_told_and_the_picture_is_made(hand: Hand, said: list[str]) -> None:
+    hand.guiding.failure = MemoryError("a gradient through the UNet needs about 9.0 GiB")
+    one = session(hand, said)
+    one.activate({"lora": BOTH})
+    one.attach(5, guide)
+    assert all(torch.equal(x, torch.full_like(x, 0.25)) for x in guided(one, hand))
+    assert said == ["not nudged: a gradient through the UNet needs about 9.0 GiB"]
+    assert hand.guiding.log.count("expect") == 1
+    one.close()
 
 
 @torch.no_grad()

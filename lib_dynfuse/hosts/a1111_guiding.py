@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lib_dynfuse.guidance.decoders import Decoder, VaeDecoder
 from lib_dynfuse.guidance.guide import Guide
-from lib_dynfuse.hosts.guiding import decoder, frozen, inside, spread_of
+from lib_dynfuse.hosts.guiding import Activations, decoder, frozen, inside, spread_of
 
 
 class Automatic1111Guiding:
@@ -28,8 +28,9 @@ class Automatic1111Guiding:
         self._uncond: Tensor | None = None
         self._leaf: Tensor | None = None
         self._schedule: tuple[Any, list[float]] = (None, [])
-        self._calls = 0
+        self._activations: Activations | None = None
         self._place = 0
+        self._remaining = 1.0
 
     def decoder(self, kind: str) -> tuple[Decoder, str]:
         return decoder(kind, _vae)
@@ -37,11 +38,13 @@ class Automatic1111Guiding:
     def begin(self, through_unet: bool) -> Callable[[], None]:
         from modules import shared
 
-        self._calls = 0
         with ExitStack() as stack:
             stack.enter_context(frozen(shared.sd_model.first_stage_model))
             if through_unet:
-                stack.enter_context(frozen(shared.sd_model.model.diffusion_model))
+                unet = shared.sd_model.model.diffusion_model
+                stack.enter_context(frozen(unet))
+                self._activations = Activations(unet)
+                stack.callback(self._activations.close)
             stack.callback(self._forget)
             return stack.pop_all().close
 
@@ -49,7 +52,12 @@ class Automatic1111Guiding:
         self._denoiser = self._input = self._sigma = self._uncond = self._leaf = None
         self._schedule = (None, [])
 
-    def expect(self, params: Any, through_unet: bool) -> None:
+    def expect(self, params: Any, through_unet: bool) -> bool:
+        if through_unet and self._activations is not None:
+            if not self._activations.most:
+                # The first call merges LoRAs into the weights, in place, which a graph would not bear.
+                return False
+            self._activations.check(params.x.device)
         denoiser = params.denoiser
         count = len(getattr(denoiser.sampler.sampler_extra_args["cond"], "batch", ())) or params.x.shape[0] // 2
         # Behind the rows of the prompts there is every picture once, for the negative prompt.
@@ -59,6 +67,7 @@ class Automatic1111Guiding:
         if through_unet:
             self._remaining = self._share_of_prediction(params.total_sampling_steps)
             self._feed_leaf(params, count)
+        return True
 
     def _feed_leaf(self, params: Any, count: int) -> None:
         parts = [len(one) for one in getattr(params.denoiser.sampler.sampler_extra_args["cond"], "batch", ())]

@@ -52,10 +52,11 @@ class ForgeGuiding:
     def _forget(self) -> None:
         self._expecting, self._denoiser, self._uncond = False, None, None
 
-    def expect(self, params: Any, through_unet: bool) -> None:
+    def expect(self, params: Any, through_unet: bool) -> bool:
         self._expecting, self._denoiser, self._uncond = True, params.denoiser, None
         p = params.denoiser.p
         self._cfg = (p.hr_cfg if getattr(p, "is_hr_pass", False) else p.cfg_scale) > 1
+        return True
 
     def predicted(self, params: Any) -> None:
         """Forge does not call it."""

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from lib_dynfuse.guidance.decoders import Decoder, TaesdDecoder, linear
@@ -26,8 +27,9 @@ class Guiding(Protocol):
     def begin(self, through_unet: bool) -> Callable[[], None]:
         """Sampling is about to begin; returns what ends it."""
 
-    def expect(self, params: Any, through_unet: bool) -> None:
-        """The host's `cfg_denoiser` callback, and whether gradients are to go through the UNet."""
+    def expect(self, params: Any, through_unet: bool) -> bool:
+        """The host's `cfg_denoiser` callback, and whether gradients are to go through the UNet. Returns whether this
+        call can be nudged at all. Raises MemoryError where it can't be for good."""
 
     def predicted(self, params: Any) -> None:
         """The host's `cfg_denoised` callback, where it has one."""
@@ -71,6 +73,47 @@ def taesd() -> Decoder:
     if module is None:
         raise FileNotFoundError("its file is missing in models/VAE-taesd")
     return TaesdDecoder(module)
+
+
+class Activations:
+    """What the layers of a UNet make in one call: about what autograd keeps of it, known before it is asked to."""
+
+    def __init__(self, unet: nn.Module) -> None:
+        self.most = 0
+        """Bytes of the largest call so far; 0 before the first."""
+        self._now = 0
+        leaves = [module for module in unet.modules() if not any(True for _ in module.children())]
+        self._handles = [
+            unet.register_forward_pre_hook(self._begin),
+            unet.register_forward_hook(self._end),
+            *(leaf.register_forward_hook(self._add) for leaf in leaves),
+        ]
+
+    def _begin(self, *_: Any) -> None:
+        self._now = 0
+
+    def _add(self, module: nn.Module, args: Any, output: Any) -> None:
+        if isinstance(output, Tensor):
+            self._now += output.nbytes
+
+    def _end(self, *_: Any) -> None:
+        self.most = max(self.most, self._now)
+
+    def check(self, device: torch.device) -> None:
+        """Raises MemoryError where a GPU has not as much left; elsewhere nobody can tell."""
+        if device.type != "cuda":
+            return
+        free = torch.cuda.mem_get_info(device)[0]
+        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        if self.most > free:
+            raise MemoryError(
+                f"a gradient through the UNet needs about {self.most / 2**30:.1f} GiB, {free / 2**30:.1f} are free; "
+                "the ways x0 and adam need none"
+            )
+
+    def close(self) -> None:
+        for handle in self._handles:
+            handle.remove()
 
 
 @contextmanager

@@ -140,3 +140,16 @@ def test_an_interrupt_in_mid_guidance_leaves_nothing_behind(webui: WebUI) -> Non
     assert len(nudged_steps(webui)) < 60
     assert apart(webui.generate("a cat"), plain) == 0
     assert apart(webui.generate(webui.prompt(), KL), fused) == 0
+
+
+@pytest.mark.parametrize("sampler", ["Euler", "DDIM"])
+def test_the_way_through_the_unet_works_or_is_said_to_be_impossible(webui: WebUI, sampler: str) -> None:
+    plain, fused = webui.generate("a cat"), webui.generate(webui.prompt(), KL, sampler_name=sampler)
+    nudged = webui.generate(webui.prompt(), {**NUDGED, "nudge_mode": "xt"}, sampler_name=sampler)
+    assert apart(nudged, fused) > 0
+    if "xt cannot be used" in nudged.infotexts[0]:
+        assert apart(nudged, webui.generate(webui.prompt(), NUDGED, sampler_name=sampler)) == 0
+    else:
+        assert 0 not in nudged_steps(webui)  # the host's first call writes into the weights
+        assert "not nudged" not in nudged.infotexts[0]
+    assert apart(webui.generate("a cat"), plain) == 0

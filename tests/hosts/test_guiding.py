@@ -87,7 +87,9 @@ class Denoiser:
         params = SimpleNamespace(
             x=x_in, sigma=torch.full((len(x_in),), sigma, dtype=x.dtype), denoiser=self, total_sampling_steps=4
         )
-        one.expect(params, through_unet)
+        if through_unet:
+            one._activations = None
+        assert one.expect(params, through_unet)
         x_out = self.unet(params.x)
         one.predicted(SimpleNamespace(x=x_out))
         combined = self.combine(x_out, rows, count)
@@ -280,3 +282,49 @@ def test_a_decoder_that_cannot_be_loaded_is_told_and_the_linear_one_taken(
     assert said == "the decoder taesd could not be loaded (no network); nudged by the linear approximation"
     assert guiding.decoder("linear", fail)[1] == ""
     assert "the decoder vae could not be loaded" in guiding.decoder("vae", fail)[1]
+
+
+class Small(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.second(self.first(x))
+        return found
+
+
+def test_what_a_gradient_would_keep_is_counted_from_calls_without_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    unet = Small()
+    counted = guiding.Activations(unet)
+    assert counted.most == 0
+    unet(torch.zeros(3, 4))
+    unet(torch.zeros(1, 4))
+    assert counted.most == 3 * (8 + 2) * 4
+    counted.check(torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (100, 1000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 10)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
+    with pytest.raises(MemoryError, match=r"needs about 0\.0 GiB, 0\.0 are free"):
+        counted.check(torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 20)
+    counted.check(torch.device("cuda"))
+    counted.close()
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in unet.modules())
+
+
+def test_a1111_s_first_call_is_never_under_a_gradient(shared: Any) -> None:
+    shared.sd_model.model.diffusion_model = Small()
+    one = Automatic1111Guiding()
+    end = one.begin(True)
+    denoiser, x = Denoiser([1]), latents(1)
+    params = SimpleNamespace(
+        x=torch.cat([x, x]), sigma=torch.full((2,), 4.0), denoiser=denoiser, total_sampling_steps=4
+    )
+    with torch.no_grad():
+        assert not one.expect(params, True)
+        assert not torch.is_grad_enabled()
+        shared.sd_model.model.diffusion_model(torch.zeros(1, 4))
+        assert one.expect(params, True)
+        torch.set_grad_enabled(False)
+    end()

@@ -29,7 +29,8 @@ def evaluate(
         str,
         typer.Option(
             help="Of the box: tuning, reporting, all, or SUBJECT:STYLE with commas between. "
-            "Of your own model: a JSON file; see the README."
+            "Of your own model: a file with a JSON list of objects, each with subject and style (LoRA names), prompt, "
+            "and lists of files: subject_pictures, style_pictures."
         ),
     ] = "all",
     methods: Annotated[str, typer.Option(help="A comma between names; without it all there are.")] = "",

@@ -173,17 +173,25 @@ class PackedWork(Work):
             hidden = self._both_hidden()[items]
         if index is not None:
             hidden = (hidden if hidden.shape[1] == len(index) else _picked(hidden, index)).flatten(0, 1)
-            subject, style = (hidden[:, packed.columns(role)] @ packed.up(role) for role in (0, 1))
-            yield Features(_picked(y, index).flatten(0, 1), subject, style, -1, y.shape[0])
+            yield self._features(_picked(y, index).flatten(0, 1), hidden, -1, y.shape[0])
             return
         for where in self._stretches(y):
-            here = self._stretch(hidden, *where)
-            if self.dim == -1:
-                subject, style = (here[:, packed.columns(role)] @ packed.up(role) for role in (0, 1))
-            else:
-                subject, style = (packed.up(role).T @ here[packed.columns(role)] for role in (0, 1))
-            base = self._stretch(y, *where)
-            yield Features(base, subject, style, self.dim, where[0].stop - where[0].start)
+            base, here = self._stretch(y, *where), self._stretch(hidden, *where)
+            yield self._features(base, here, self.dim, where[0].stop - where[0].start)
+
+    def _features(self, base: Tensor, hidden: Tensor, dim: int, items: int) -> Features:
+        """Both deltas of base and hidden [n, C] and [n, r], or with channels first."""
+        packed = self._packed
+        if not self._winners_only and packed.ranks[0] == packed.ranks[1]:
+            hidden, up = hidden.unflatten(dim, (2, -1)), packed.up().unflatten(0, (2, -1))
+            # One product for both, in as many rows as a role has.
+            both = torch.bmm(hidden.transpose(0, 1), up) if dim == -1 else torch.bmm(up.transpose(1, 2), hidden)
+            return Features(base, both[0], both[1], dim, items, both)
+        if dim == -1:
+            subject, style = (hidden[:, packed.columns(role)] @ packed.up(role) for role in (0, 1))
+        else:
+            subject, style = (packed.up(role).T @ hidden[packed.columns(role)] for role in (0, 1))
+        return Features(base, subject, style, dim, items)
 
     @property
     def _winners_only(self) -> bool:

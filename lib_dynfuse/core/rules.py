@@ -22,6 +22,7 @@ class Features(NamedTuple):
 
     Token-major [n, C] with `dim` -1, or in a convolution's memory order [C, n] with `dim` 0. They are of `items` whole
     batch items, or of a part of one. Where kernels compute with deltas that are never written, base is [B, T, C].
+    `both` is the two deltas in one tensor, [2, n, C] or [2, C, n], where they lie in one.
     """
 
     base: Tensor
@@ -29,6 +30,7 @@ class Features(NamedTuple):
     style: Tensor | Product
     dim: int
     items: int = 1
+    both: Tensor | None = None
 
 
 # Called with how many tokens of each row to look at, 0 for all, and the rows, None for all. Gives them in stretches:

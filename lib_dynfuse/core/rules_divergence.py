@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from lib_dynfuse.core import devices
 from lib_dynfuse.core.divergence import Workspace, cosine_distance, js_divergence, kl_pair
 from lib_dynfuse.core.moment import Moment
 from lib_dynfuse.core.rules import Features, Look, Pair, Rule, Selection, Strategy, flag, number
@@ -57,17 +59,17 @@ class DivergenceStrategy(Strategy):
         """What the style's weight is multiplied by in the negative prompt's half."""
         return 1.0
 
-    def divergences(self, features: Features, work: Workspace) -> tuple[Tensor, Tensor]:
-        """(D_s, D_t) per token, float32."""
-        base, subject, style, dim, items = features
+    def divergences(self, features: Features, work: Workspace) -> Tensor:
+        """(D_s, D_t) per token, [2, ...] float32."""
+        base, subject, style, dim, items, _ = features
         if self.standardise:
             spread = base.float().std(dim, keepdim=True, unbiased=False).clamp_min(1e-12)
-            base, subject, style = base / spread, subject / spread, style / spread
-        return self.criterion(Features(base, subject, style, dim, items), work)
+            features = Features(base / spread, subject / spread, style / spread, dim, items)
+        return self.criterion(features, work)
 
-    def criterion(self, features: Features, work: Workspace) -> tuple[Tensor, Tensor]:
-        base, subject, style, dim, items = features
-        return kl_pair(base, subject, style, self.temperature, dim, work, items)
+    def criterion(self, features: Features, work: Workspace) -> Tensor:
+        base, subject, style, dim, items, both = features
+        return kl_pair(base, subject, style, self.temperature, dim, work, items, both)
 
     def choose(self, margin: Tensor) -> tuple[Tensor, Tensor]:
         """(subject's weight, style's weight) from the margin, of its shape."""
@@ -152,12 +154,9 @@ class JensenShannon(_PerItem):
     help: ClassVar[str] = "Like kl, with the symmetric Jensen-Shannon divergence."
     source: ClassVar[str] = "arXiv 2602.15539, ablation"
 
-    def criterion(self, features: Features, work: Workspace) -> tuple[Tensor, Tensor]:
-        base, subject, style, dim, _ = features
-        return (
-            js_divergence(base, subject, self.temperature, dim),
-            js_divergence(base, style, self.temperature, dim),
-        )
+    def criterion(self, features: Features, work: Workspace) -> Tensor:
+        base, subject, style, dim, *_ = features
+        return torch.stack([js_divergence(base, delta, self.temperature, dim) for delta in (subject, style)])
 
 
 @dataclass(frozen=True)
@@ -166,9 +165,9 @@ class Cosine(_PerItem):
     help: ClassVar[str] = "Like kl, by the angle between the features with and without the network."
     source: ClassVar[str] = "arXiv 2602.15539, ablation"
 
-    def criterion(self, features: Features, work: Workspace) -> tuple[Tensor, Tensor]:
-        base, subject, style, dim, _ = features
-        return cosine_distance(base, subject, dim=dim), cosine_distance(base, style, dim=dim)
+    def criterion(self, features: Features, work: Workspace) -> Tensor:
+        base, subject, style, dim, *_ = features
+        return torch.stack([cosine_distance(base, delta, dim=dim) for delta in (subject, style)])
 
 
 class _DivergenceRule(Rule):
@@ -208,27 +207,27 @@ class _DivergenceRule(Rule):
         # Where cond decides for uncond, the uncond rows are not even looked at.
         deciders = moment.deciders if strategy.couple_cfg else None
         rows = len(moment.rows if deciders is None else deciders)
-        found = [strategy.divergences(features, self._work) for features in look(strategy.sampled, deciders)]
-        # Tiles of one picture follow one another in the batch, so that they fold into its row.
-        d_subject, d_style = (torch.cat(per_token).view(rows, -1) for per_token in zip(*found, strict=True))
-        item_subject, item_style = d_subject.mean(1), d_style.mean(1)
-        ratio = _log_ratio(item_subject, item_style)
-        margin = _log_ratio(d_subject, d_style) if strategy.per_token else ratio
+        # No name holds on to a stretch's features while the next one's are computed.
+        found = list(map(partial(strategy.divergences, work=self._work), look(strategy.sampled, deciders)))
+        # [2, B, T]. Tiles of one picture follow one another in the batch, so that they fold into its row.
+        per_token = (torch.cat(found, 1) if len(found) > 1 else found[0]).view(2, rows, -1)
+        per_item = _means(per_token)
+        ratio = _log_ratio(per_item)
+        margin = _log_ratio(per_token) if strategy.per_token else ratio
         if strategy.auto_balance:
-            offset = self._running_mean(ratio, torch.minimum(item_subject, item_style) > _FLOOR)
+            offset = self._running_mean(ratio, per_item.amin(0) > _FLOOR)
             margin = margin - (offset.unsqueeze(1) if strategy.per_token else offset)
-        margin = margin + self._bias
+        if self._bias:
+            margin = margin + self._bias
         if strategy.couple_cfg:
             margin = self._from_other_batches(layer, margin, moment)
         if rows < len(moment.rows):
             everyone = moment.indices(moment.decided_by)
-            margin, item_subject, item_style = (
-                one.index_select(0, everyone) for one in (margin, item_subject, item_style)
-            )
+            margin, per_item = margin.index_select(0, everyone), per_item.index_select(1, everyone)
         subject, style = strategy.choose(margin)
         if self._shares is not None:
             style = style * self._shares.view(-1, *(1 for _ in style.shape[1:]))
-        selection = Selection(subject, style, item_subject, item_style)
+        selection = Selection(subject, style, per_item[0], per_item[1])
         if every > 1:
             self._kept[layer, moment.rows] = (moment.step, selection)
         return selection
@@ -275,10 +274,17 @@ class _DivergenceRule(Rule):
         return mean
 
 
-def _log_ratio(subject: Tensor, style: Tensor) -> Tensor:
-    """log D_s - log D_t with a floor; a divergence that is not a number counts as none."""
-    subject, style = subject.nan_to_num(0.0), style.nan_to_num(0.0)
-    return subject.clamp_min(_FLOOR).log() - style.clamp_min(_FLOOR).log()
+def _means(per_token: Tensor) -> Tensor:
+    """[2, B] of [2, B, T]; on a CPU one by one, whose threads share two long sums in another way than one."""
+    if devices.readable(per_token.device):
+        return torch.stack([role.mean(1) for role in per_token])
+    return per_token.mean(2)
+
+
+def _log_ratio(both: Tensor) -> Tensor:
+    """log D_s - log D_t of [2, ...] with a floor; a divergence that is not a number counts as none."""
+    subject, style = both.nan_to_num(0.0).clamp_min_(_FLOOR).log_().unbind()
+    return subject - style
 
 
 def _log_odds(lean: float) -> float:

@@ -152,12 +152,45 @@ def test_what_comes_out_for_an_item_does_not_depend_on_the_others(sizes: tuple[f
             torch.testing.assert_close(whole[part], one, rtol=1e-5, atol=0.0)
 
 
-def test_away_from_the_cpu_each_token_takes_the_form_that_suits_it(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a device that the host would have to wait for: both deltas at once, nothing asked of them."""
     monkeypatch.setattr("lib_dynfuse.core.devices.readable", lambda device: False)
-    base = features(15, 64, 320, 1.0)
-    delta = features(16, 64, 320, 1.0) * torch.logspace(-5, 1, 64).unsqueeze(1)
+
+
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize("channels", [3, 320])
+@pytest.mark.parametrize("size", [1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0, 100.0, 1000.0])
+def test_away_from_the_cpu_the_pair_equals_float64_for_deltas_of_any_size(size: float, channels: int) -> None:
+    base, delta = features(1, 64, channels, 1.0), features(2, 64, channels, size)
+    for one, signed in zip(kl_pair(base, delta, -delta), (delta, -delta), strict=True):
+        assert relative(one, kl_float64(base, signed)) < 1e-4
+
+
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize("dim", [-1, 0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+def test_away_from_the_cpu_half_precision_layout_and_temperature_lose_nothing(
+    dim: int, dtype: torch.dtype, temperature: float
+) -> None:
+    base = features(12, 40, 320, 2.0).to(dtype)
+    both = torch.stack([features(13, 40, 320, 0.02), features(14, 40, 320, 5.0)]).to(dtype)
+    lay = (lambda t: t) if dim == -1 else (lambda t: t.transpose(-1, -2).contiguous())
+    laid = lay(both)
+    found = kl_pair(lay(base), laid[0], laid[1], temperature, dim)
+    for one, delta in zip(found, both, strict=True):
+        assert relative(one, kl_float64(base, delta, temperature)) < 1e-4
+    assert torch.equal(found, kl_pair(lay(base), laid[0], laid[1], temperature, dim, both=laid))
+
+
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize("spread", [1.0, 30.0, 300.0])
+def test_away_from_the_cpu_each_token_takes_the_form_that_suits_it(spread: float) -> None:
+    base = features(15, 64, 320, spread)
+    delta = features(16, 64, 320, 1.0) * torch.logspace(-3, 3, 64).unsqueeze(1)
     found = kl_pair(base, delta, delta)[0]
-    torch.testing.assert_close(found, kl_divergence(base, delta), rtol=1e-3, atol=1e-12)
+    torch.testing.assert_close(found.double(), kl_float64(base, delta), rtol=2e-4, atol=1e-6)
 
 
 def test_scratch_memory_is_reused_and_bounded_by_the_largest_call() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -28,6 +29,24 @@ def test_kl_gives_an_item_to_the_role_that_moves_it_further() -> None:
     assert torch.equal(torch.as_tensor(found.style), ~expected)
     assert found.d_subject is not None
     torch.testing.assert_close(found.d_subject, d_subject.mean(1), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "given", [{}, {"auto_balance": True, "balance": 0.1}, {"temperature": 2.0}, {"standardise": True}]
+)
+@pytest.mark.parametrize("name", ["kl", "kl-token", "kl-cfg"])
+def test_away_from_the_cpu_the_selection_is_the_same(
+    name: str, given: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scenes = [
+        Scene(0.5, size, items=32, tokens=20, seed=seed) for seed, size in enumerate((0.005, 0.45, 0.5, 0.55, 30.0))
+    ]
+    here = [torch.as_tensor(select(name, scene, **given).subject) for scene in scenes]
+    assert len(torch.cat(here).unique()) == 2
+    monkeypatch.setattr("lib_dynfuse.core.devices.readable", lambda device: False)
+    there = [torch.as_tensor(select(name, scene, **given).subject) for scene in scenes]
+    for one, other in zip(here, there, strict=True):
+        assert torch.equal(one, other)
 
 
 def test_kl_cfg_adds_both_and_less_of_the_loser() -> None:

@@ -22,7 +22,23 @@ from lib_dynfuse.errors import DynFuseError
 from lib_dynfuse.fingerprint import fingerprint
 
 INFOTEXT_KEY = "DynFuse"
-DEFAULT_STRATEGY = "kl"
+# What the reporting half of tests/bench/NOTES.md speaks for, with the two switches below.
+DEFAULT_STRATEGY = "kl-cfg"
+# Settings by name, for who would not choose one by one; what a preset does not name has its default.
+PRESETS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "paper": {
+        "strategy": "kl",
+        "auto_balance": False,
+        "couple_cfg": False,
+        "nudge": True,
+        "nudge_mode": "xt",
+        "nudge_start": 0.0,
+        "nudge_stop": 1.0,
+    },
+    "subject first": {"strategy": "sum-cfg", "parameters": {"subject": 1.0, "style": 0.6, "negative": 0.33}},
+    "style first": {"strategy": "sum-cfg", "parameters": {"subject": 1.0, "style": 1.0, "negative": 0.6}},
+}
 # They change no picture, so they are no part of a picture's description.
 NOT_IN_INFOTEXT = ("enabled", "score", "keep_best", "trace")
 # The first and the last step of something, as shares of all steps.
@@ -34,10 +50,16 @@ class OptionsError(DynFuseError):
     """A value that is not allowed; the message names the field, the value and what is allowed."""
 
 
-def _shared(name: str, label: str) -> Any:
-    """An option that is a parameter of the divergence rules: default, range and help are theirs."""
+def _shared(name: str, label: str, default: bool | None = None) -> Any:
+    """An option that is a parameter of the divergence rules: range, help and, without another, default are theirs."""
     parameter = _DIVERGENCE[name]
-    return Field(parameter.default, title=label, ge=parameter.minimum, le=parameter.maximum, description=parameter.help)
+    return Field(
+        parameter.default if default is None else default,
+        title=label,
+        ge=parameter.minimum,
+        le=parameter.maximum,
+        description=parameter.help,
+    )
 
 
 def _weight(label: str, default: float, of: str) -> Any:
@@ -57,9 +79,9 @@ class Options(BaseModel, extra="forbid"):
         description="How a layer is given to the subject, to the style or to both.",
     )
     balance: float = _shared("balance", "Subject to style")
-    auto_balance: bool = _shared("auto_balance", "Even out strengths")
+    auto_balance: bool = _shared("auto_balance", "Even out strengths", default=True)
     schedule: float = _shared("schedule", "Subject early, style late")
-    couple_cfg: bool = _shared("couple_cfg", "Prompt decides for negative prompt")
+    couple_cfg: bool = _shared("couple_cfg", "Prompt decides for negative prompt", default=True)
     temperature: float = _shared("temperature", "Temperature")
     sample_tokens: int = _shared("sample_tokens", "Tokens sampled")
     decide_every: int = _shared("decide_every", "Decide every")
@@ -339,6 +361,15 @@ def _sentence(error: Any) -> str:
         hint = f" (did you mean {close[0]}?)" if close else ""
         return f"{name}: unknown option{hint}; there are: {', '.join(names)}"
     return f"{name}: {error['msg'][:1].lower()}{error['msg'][1:]}; allowed: {option.allowed}"
+
+
+def with_preset(values: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` on top of the preset that they may name as "preset". Raises OptionsError for one that is not there."""
+    chosen = dict(values)
+    name = chosen.pop("preset", "default")
+    if name not in PRESETS:
+        raise OptionsError(f"preset: {name!r} is not known; there are: {', '.join(PRESETS)}")
+    return {**PRESETS[name], **chosen}
 
 
 def options_table() -> str:

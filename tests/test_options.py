@@ -17,27 +17,43 @@ from lib_dynfuse.core.strategies import strategies, strategy
 from lib_dynfuse.guidance.nudge import MODES, Nudge
 from lib_dynfuse.guidance.objectives import TERMS, Weights
 from lib_dynfuse.guidance.references import SOURCES
-from lib_dynfuse.options import FIELDS, Options, OptionsError, options_table, rules_table
+from lib_dynfuse.options import FIELDS, PRESETS, Options, OptionsError, options_table, rules_table, with_preset
 
 NUMBERS = [option for option in FIELDS if option.minimum is not None]
 
 
-def test_defaults_are_the_plain_rule_and_switched_off():
+def test_defaults_are_what_was_measured_to_be_best_and_switched_off():
     options = Options.read({})
     assert options.enabled is False
-    assert options.make_strategy() == strategy("kl")
+    assert options.make_strategy() == strategy("kl-cfg", auto_balance=True, couple_cfg=True)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_is_a_choice_of_options_and_what_is_said_beside_it_wins(name: str):
+    chosen = Options.read(with_preset({"preset": name, "balance": 0.5}))
+    assert chosen.balance == 0.5
+    assert {key: getattr(chosen, key) for key in PRESETS[name]} == PRESETS[name]
+
+
+def test_the_paper_s_rule_is_unbalanced_uncoupled_and_hard():
+    chosen = Options.read(with_preset({"preset": "paper"}))
+    assert chosen.make_strategy() == strategy("kl")
+    with pytest.raises(OptionsError, match="preset: 'papper' is not known; there are: default, paper"):
+        with_preset({"preset": "papper"})
 
 
 @pytest.mark.parametrize("name", strategies())
 def test_every_rule_can_be_chosen_with_its_defaults(name: str):
-    assert Options.read({"strategy": name}).make_strategy() == strategy(name)
+    known = {parameter.name for parameter in strategies()[name].parameters}
+    own = {switch: True for switch in ("auto_balance", "couple_cfg") if switch in known}
+    assert Options.read({"strategy": name}).make_strategy() == strategy(name, **own)
 
 
 def test_options_reach_the_rule():
     options = Options.read(
-        {"strategy": "kl-soft", "balance": 0.25, "couple_cfg": True, "parameters": {"softness": 2.0}}
+        {"strategy": "kl-soft", "balance": 0.25, "couple_cfg": False, "parameters": {"softness": 2.0}}
     )
-    assert options.make_strategy() == strategy("kl-soft", balance=0.25, couple_cfg=True, softness=2.0)
+    assert options.make_strategy() == strategy("kl-soft", balance=0.25, auto_balance=True, softness=2.0)
 
 
 @given(st.sampled_from(NUMBERS), st.floats(allow_infinity=True, allow_nan=True))
@@ -59,7 +75,7 @@ def test_a_number_is_taken_inside_its_range_and_refused_with_the_range_outside(o
     [
         ({"blance": 1}, ["blance", "did you mean balance?", "auto_balance"]),
         ({"strategy": "kll"}, ["'kll'", "'kl'", "kl-token", "random"]),
-        ({"parameters": {"softness": 1}}, ["'kl'", "'softness'"]),
+        ({"parameters": {"softness": 1}}, ["'kl-cfg'", "'softness'"]),
         ({"strategy": "klora", "parameters": {"alpha": 99}}, ["alpha", "0.01 to 10"]),
         ({"parameters": {"balance": 1}}, ["balance", "an option of its own"]),
         ({"start": 0.6, "stop": 0.5}, ["start 0.6", "stop 0.5"]),
@@ -89,21 +105,21 @@ def test_what_is_not_allowed_is_refused_by_name_with_what_is(values: dict[str, A
 
 
 def test_options_that_mean_nothing_to_the_rule_are_known():
-    assert Options(strategy="sum", balance=0.5, couple_cfg=True).unused() == ["balance", "couple_cfg"]
+    assert Options(strategy="sum", balance=0.5, couple_cfg=False).unused() == ["balance", "couple_cfg"]
     assert Options(strategy="kl-token", balance=0.5, sample_tokens=64).unused() == ["sample_tokens"]
     assert Options(strategy="kl", balance=0.5).unused() == []
 
 
 def test_the_infotext_has_the_version_the_rule_and_what_was_changed():
     assert Options().infotext() == {}
-    assert Options(enabled=True, trace=True).infotext() == {"DynFuse": __version__, "DynFuse strategy": "kl"}
+    assert Options(enabled=True, trace=True).infotext() == {"DynFuse": __version__, "DynFuse strategy": "kl-cfg"}
     written = Options(
-        enabled=True, strategy="klora", auto_balance=True, start=0.25, parameters={"pattern": "s*", "alpha": 2.0}
+        enabled=True, strategy="klora", auto_balance=False, start=0.25, parameters={"pattern": "s*", "alpha": 2.0}
     ).infotext()
     assert written == {
         "DynFuse": __version__,
         "DynFuse strategy": "klora",
-        "DynFuse auto balance": "True",
+        "DynFuse auto balance": "False",
         "DynFuse start": "0.25",
         "DynFuse parameters": '{"alpha": 2.0, "pattern": "s*"}',
     }
@@ -111,7 +127,7 @@ def test_the_infotext_has_the_version_the_rule_and_what_was_changed():
 
 def test_the_infotext_says_of_guidance_what_matters():
     moved = {"nudge_strength": 0.5, "weight_clip_text": 1.0, "clip": "ViT-B-16", "keep_best": 0}
-    plain = {"DynFuse": __version__, "DynFuse strategy": "kl"}
+    plain = {"DynFuse": __version__, "DynFuse strategy": "kl-cfg"}
     judges = {"DynFuse weight clip text": "1.0", "DynFuse clip": "ViT-B-16"}
     assert Options(enabled=True, **moved).infotext() == plain
     for comparing in ({"score": True}, {"keep_best": 2}):

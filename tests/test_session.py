@@ -345,7 +345,7 @@ def test_nothing_is_fused_where_the_prompt_gives_no_roles(hand: Hand, said: list
 def test_the_step_window_is_the_options(hand: Hand, said: list[str]) -> None:
     shares = {}
     for start in (0.0, 1.0):
-        one = session(hand, said, start=start, stop=1.0)
+        one = session(hand, said, strategy="kl", start=start, stop=1.0)
         one.activate({"lora": BOTH})
         one.attach(4)
         generate(one, hand, 4)

@@ -8,7 +8,7 @@ from typing import Any
 
 from lib_dynfuse import __version__
 from lib_dynfuse.core.strategies import Parameter, strategies
-from lib_dynfuse.options import FIELDS, Options, OptionsError
+from lib_dynfuse.options import FIELDS, PRESETS, Options, OptionsError
 from lib_dynfuse.trace import Record, pictures
 from lib_dynfuse.webui.arguments import ORDER, PICTURES, read_arguments
 from lib_dynfuse.webui.generation import TITLE
@@ -54,6 +54,7 @@ def schema() -> dict[str, Any]:
             }
             for option in FIELDS
         ],
+        "presets": PRESETS,
         "rules": [
             {
                 "name": info.name,

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lib_dynfuse.options import FIELDS, Options, OptionsError
+from lib_dynfuse.options import FIELDS, Options, OptionsError, with_preset
 
 # The panel's components stand in this order, so this is what a positional list means.
 ORDER: tuple[str, ...] = tuple(option.name for option in FIELDS)
@@ -30,7 +30,9 @@ def read_arguments(args: Sequence[Any], overrides: Mapping[str, Any] | None = No
 
 
 def read_values(values: Mapping[str, Any]) -> Options:
-    """Options by name, as `Options.read`, where `parameters` may also be the panel's text, and pictures its files."""
+    """Options by name, as `Options.read`, where `parameters` may also be the panel's text, pictures its files, and a
+    preset is named."""
+    values = with_preset(values)
     parameters = values.get("parameters")
     if isinstance(parameters, str):
         values = {**values, "parameters": parse_parameters(parameters)}

@@ -14,7 +14,7 @@ from typing import Any
 from lib_dynfuse.core.strategies import Parameter, strategies
 from lib_dynfuse.hosts.base import Host, Unsupported
 from lib_dynfuse.hosts.detect import detect
-from lib_dynfuse.options import DEFAULT_STRATEGY, FIELDS, Option, OptionsError
+from lib_dynfuse.options import DEFAULT_STRATEGY, FIELDS, PRESETS, Option, Options, OptionsError, with_preset
 from lib_dynfuse.webui.arguments import ORDER, PICTURES, format_parameters, parse_parameters
 from lib_dynfuse.webui.infotext import paste_value
 
@@ -39,6 +39,7 @@ _FILES_HEIGHT = 120
 _OF_RULES = tuple(
     name for name in ORDER if any(name == one.name for info in strategies().values() for one in info.parameters)
 )
+_OF_PRESETS = tuple(name for name in ORDER if any(name in values for values in PRESETS.values()))
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ def build(is_img2img: bool, elem_id: Callable[[str], str]) -> Panel:
             gr.HTML(f'<p class="dynfuse-lacking">Nothing can be fused here: {html.escape(lacking)}</p>')
         # The script looks for this id, so the host has no say in it.
         gr.HTML("", elem_id=f"dynfuse_roles_{tab}")
+        preset = gr.Dropdown(list(PRESETS), value="default", label="Preset", elem_id=elem_id("preset"))
         with gr.Row():
             with gr.Column():
                 made["strategy"] = _component("strategy", elem_id)
@@ -78,6 +80,11 @@ def build(is_img2img: bool, elem_id: Callable[[str], str]) -> Panel:
     rule, parameters = made["strategy"], made["parameters"]
     rule.change(
         _follow_rule, inputs=[rule], outputs=[rule_help, parameters, *(made[name] for name in _OF_RULES)],
+        show_progress="hidden", queue=False,
+    )  # fmt: skip
+    # Chosen, not an option of its own: what it sets is what the picture's infotext says.
+    preset.input(
+        preset_values, inputs=[preset], outputs=[made[name] for name in _OF_PRESETS],
         show_progress="hidden", queue=False,
     )  # fmt: skip
     # Only when a person turns to another rule: a pasted picture brings its rule and that rule's parameters together.
@@ -161,6 +168,16 @@ def _follow_rule(rule: str) -> list[Any]:
         gr.update(placeholder=parameters_hint(rule), interactive=bool(own_parameters(rule))),
         *(gr.update(interactive=rule_has(rule, name)) for name in _OF_RULES),
     ]
+
+
+def preset_values(name: str) -> list[Any]:
+    """What the inputs that presets are about show once this one is chosen."""
+    import gradio as gr
+
+    chosen = Options.read(with_preset({"preset": name}))
+    values = {option: getattr(chosen, option) for option in _OF_PRESETS}
+    values["parameters"] = format_parameters(values["parameters"])
+    return [gr.update(value=values[option]) for option in _OF_PRESETS]
 
 
 def _help_line(rule: str) -> str:

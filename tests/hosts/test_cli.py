@@ -222,7 +222,7 @@ def test_layers_that_the_model_does_not_have_are_left_out_and_said(generate: Gen
     [
         ({"strategy": "kll"}, ["'kll'", "kl-token"]),
         ({"balance": 2}, ["balance", "-1 to 1"]),
-        ({"set": "softness=1"}, ["'kl'", "'softness'"]),
+        ({"set": "softness=1"}, ["'kl-cfg'", "'softness'"]),
         ({"set": "softness"}, ["--set softness", "NAME=VALUE"]),
         ({"size": "wide"}, ["--size wide", "512x768"]),
         ({"size": "60x64"}, ["60x64", "multiples of 8"]),

@@ -91,7 +91,7 @@ def test_pictures_are_paths_or_texts_or_the_files_of_either_gradio(given: Any, r
         ([True, "kl", "left"], ["balance", "-1 to 1"]),
         ([{"parameters": "softness"}], ["parameters", "'softness' is not name=value"]),
         ([{"parameters": "softness=1, softness=2"}], ["parameters", "softness is given twice"]),
-        ([{"parameters": "softness=1"}], ["'kl'", "'softness'"]),
+        ([{"parameters": "softness=1"}], ["'kl-cfg'", "'softness'"]),
         ([{"subject_references": 3}], ["subject_references", "3 is no picture"]),
         ([{"style_references": ["a.png", None]}], ["style_references", "None is no picture"]),
     ],

@@ -119,7 +119,7 @@ def written(p: Any, index: int = 0) -> dict[str, Any]:
 
 def test_a_picture_says_what_it_was_made_with_and_what_was_chosen(hand: Hand) -> None:
     p = processing()
-    generation.begin(p, [{"enabled": True, "balance": 0.5}])
+    generation.begin(p, [{"enabled": True, "strategy": "kl", "balance": 0.5}])
     before = written(p)
     sample(p, hand)
     generation.finish(p, SimpleNamespace())

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from lib_dynfuse.core.strategies import strategies
-from lib_dynfuse.options import FIELDS, Options
+from lib_dynfuse.options import FIELDS, PRESETS, Options
 from lib_dynfuse.webui import panel as panels
-from lib_dynfuse.webui.arguments import ORDER, PICTURES, read_arguments
+from lib_dynfuse.webui.arguments import ORDER, PICTURES, format_parameters, read_arguments
 from lib_dynfuse.webui.panel import Panel, build, keep_known, own_parameters, parameters_hint, rule_has
 
 
@@ -148,3 +148,12 @@ def test_turning_to_another_rule_keeps_the_parameters_that_it_shares() -> None:
 
 def test_what_cannot_be_read_stays_for_the_person_to_mend() -> None:
     assert keep_known("kl", "softness") == "softness"
+
+
+def test_a_preset_sets_what_it_names_and_the_rest_of_what_presets_name_to_its_default(gradio: Any) -> None:
+    names = panels._OF_PRESETS
+    assert {"strategy", "auto_balance", "couple_cfg", "parameters", "nudge"} <= set(names)
+    for name, values in PRESETS.items():
+        shown = dict(zip(names, [update["value"] for update in panels.preset_values(name)], strict=True))
+        assert shown.pop("parameters") == format_parameters(values.get("parameters", {}))
+        assert shown == {option: values.get(option, getattr(Options(), option)) for option in shown}

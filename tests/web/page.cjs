@@ -88,10 +88,20 @@ async function look(page) {
     await balance.fill("0.25");
     await balance.blur();
     await control("enabled", "input").check();
-    await control("auto_balance", "input").check();
+    await control("auto_balance", "input").uncheck();
     seen.chosen = await read();
 
     const rule = control("strategy", "input");
+    const preset = async (name, becomes) => {
+        await control("preset", "input").click();
+        await text(`ul.options li[aria-label="${name}"]`).click();
+        const own = control("parameters", ":is(textarea, input)");
+        return {
+            rule: await until(() => rule.inputValue(), (now) => now === becomes),
+            parameters: await until(() => own.inputValue(), (now) => (now === "") === (becomes === "kl-cfg")),
+        };
+    };
+    seen.presets = [await preset("subject first", "sum-cfg"), await preset("default", "kl-cfg")];
     const choose = async (name, help) => {
         await rule.click();
         await text(`ul.options li[aria-label="${name}"]`).click();

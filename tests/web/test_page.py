@@ -101,7 +101,14 @@ def test_untouched_the_panel_gives_the_options_defaults(page_seen: Seen) -> None
 
 def test_what_is_chosen_arrives_under_its_own_name(page_seen: Seen) -> None:
     chosen = {name: value for name, value in page_seen["chosen"].items() if value != page_seen["defaults"][name]}
-    assert chosen == {"enabled": True, "balance": 0.25, "auto_balance": True}
+    assert chosen == {"enabled": True, "balance": 0.25, "auto_balance": False}
+
+
+def test_a_preset_chosen_fills_the_panel(page_seen: Seen) -> None:
+    assert page_seen["presets"] == [
+        {"rule": "sum-cfg", "parameters": "subject=1.0, style=0.6, negative=0.33"},
+        {"rule": "kl-cfg", "parameters": ""},
+    ]
 
 
 def test_a_rule_says_what_it_does_and_greys_what_it_has_no_use_for(page_seen: Seen) -> None:
@@ -121,7 +128,7 @@ def test_a_pasted_picture_fills_panel_and_chips(page_seen: Seen) -> None:
         "strategy": "kl-soft",
         "parameters": "softness=0.5",
         "balance": 0,
-        "auto_balance": False,
+        "auto_balance": True,
         "nudge": True,
         "nudge_mode": "adam",
         "nudge_start": 0.8,

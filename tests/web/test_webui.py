@@ -59,7 +59,7 @@ def test_clicks_give_the_prompts_loras_their_roles(webui_seen: Seen, networks: t
 
 def test_the_picture_and_its_trace_appear_and_the_infotext_says_how(webui_seen: Seen) -> None:
     assert webui_seen["pictures"] == 2
-    for said in ("DynFuse: ", "DynFuse strategy: kl", "DynFuse balance: 0.25", "DynFuse auto balance: True"):
+    for said in ("DynFuse: ", "DynFuse strategy: kl-cfg", "DynFuse balance: 0.25", "DynFuse auto balance: False"):
         assert said in webui_seen["info"]
 
 
@@ -69,7 +69,7 @@ def test_the_infotext_pasted_back_restores_prompt_and_panel(webui_seen: Seen) ->
         "prompt": webui_seen["prompt"],
         "enabled": True,
         "balance": "0.25",
-        "autoBalance": True,
+        "autoBalance": False,
         "chips": webui_seen["chips"],
     }
 

@@ -42,7 +42,7 @@ async function look(page) {
     }
     await ours("balance", "input[type=number]").fill("0.25");
     await ours("balance", "input[type=number]").blur();
-    await ours("auto_balance", "input").check();
+    await ours("auto_balance", "input").uncheck();
     await ours("trace", "input").check();
     await page.screenshot({path: `${pictures}/webui-panel.png`, fullPage: true});
 

@@ -106,6 +106,16 @@ def test_an_interrupted_run_leaves_nothing(webui: WebUI, how: str) -> None:
     assert apart(webui.generate("a cat"), plain) == 0
 
 
+@pytest.fixture(scope="module")
+def steady(webui: WebUI) -> None:
+    """A WebUI whose own pictures do not depend on their neighbours: with others it cannot be said of ours."""
+    first, next_ = (webui.generate(webui.prompt(roles=False), batch_size=3, seed=seed).images for seed in (11, 12))
+    own = max(int(np.abs(a - b).max()) for a, b in zip(first[1:], next_[:2], strict=True))
+    if own > ROUNDING:
+        pytest.skip(f"this WebUI's own pictures differ by up to {own} of 255 among other neighbours")
+
+
+@pytest.mark.usefixtures("steady")
 @pytest.mark.parametrize("rule", ["kl", "kl-token", "random"])
 def test_a_picture_is_the_same_whatever_its_neighbours(webui: WebUI, rule: str) -> None:
     fuse = {"enabled": True, "strategy": rule}
@@ -113,6 +123,7 @@ def test_a_picture_is_the_same_whatever_its_neighbours(webui: WebUI, rule: str) 
     assert max(int(np.abs(a - b).max()) for a, b in zip(first[1:], next_[:2], strict=True)) <= ROUNDING
 
 
+@pytest.mark.usefixtures("steady")
 @pytest.mark.parametrize("rule", ["kl", "random"])
 def test_a_picture_is_the_same_alone_and_in_a_batch(webui: WebUI, rule: str) -> None:
     fuse = {"enabled": True, "strategy": rule}
@@ -122,6 +133,7 @@ def test_a_picture_is_the_same_alone_and_in_a_batch(webui: WebUI, rule: str) -> 
         assert int(np.abs(image - alone.images[0]).max()) <= ROUNDING
 
 
+@pytest.mark.usefixtures("steady")
 def test_alone_and_in_a_batch_a_token_turns_only_where_the_hosts_rounding_turns_it(webui: WebUI) -> None:
     """Batches of another size round otherwise, and a token that both roles move alike falls to either of them."""
     fuse = {"enabled": True, "strategy": "kl-token"}

@@ -113,7 +113,11 @@ class Session:
         self._first_step = self._last_step + 1
         self._at_last_step = False
         if self._guide is None:
-            self._guide = make_guide()
+            try:
+                self._guide = make_guide()
+            except Exception as error:
+                _log.exception("nudging could not begin")
+                self._stop_nudging(error)
         if not self._active and self._guide is None:
             return
         if self._trace is None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lib_dynfuse.core.delta import Delta, Rows, Sum
 from lib_dynfuse.core.types import Role, Row
-from lib_dynfuse.hosts.a1111_guiding import Automatic1111Guiding
+from lib_dynfuse.hosts.a1111_guiding import Automatic1111Guiding, parts_of
 from lib_dynfuse.hosts.a1111_networks import NORMS, delta_of
 from lib_dynfuse.hosts.base import Before, Layers, Place, Tag
 from lib_dynfuse.hosts.reading import place_of, read_tags, staying
@@ -183,8 +183,7 @@ class Automatic1111:
 def _rows(params: Any) -> tuple[Row, ...]:
     """Cond rows picture by picture (the parts of an AND side by side), then every picture's uncond row."""
     denoiser = params.denoiser
-    conds = denoiser.sampler.sampler_extra_args["cond"]
-    parts = [len(one) for one in getattr(conds, "batch", ())]
+    parts = parts_of(denoiser)
     seeds = list(getattr(denoiser.p, "seeds", None) or [])
     seeds += [0] * (len(parts) - len(seeds))
     rows = [Row(image, True, seeds[image]) for image, count in enumerate(parts) for _ in range(count)]

@@ -16,6 +16,7 @@ from torch import Tensor
 from lib_dynfuse.guidance.decoders import Decoder, VaeDecoder
 from lib_dynfuse.guidance.guide import Guide
 from lib_dynfuse.hosts.guiding import Activations, decoder, frozen, inside, spread_of
+from lib_dynfuse.hosts.reading import place_of
 
 
 class Automatic1111Guiding:
@@ -59,19 +60,18 @@ class Automatic1111Guiding:
                 return False
             self._activations.check(params.x.device)
         denoiser = params.denoiser
-        count = len(getattr(denoiser.sampler.sampler_extra_args["cond"], "batch", ())) or params.x.shape[0] // 2
+        count = len(parts_of(denoiser)) or params.x.shape[0] // 2
         # Behind the rows of the prompts there is every picture once, for the negative prompt.
         self._denoiser, self._uncond, self._leaf = denoiser, None, None
         self._input, self._sigma = params.x[-count:], params.sigma[-count:]
-        self._place = min(denoiser.step, params.total_sampling_steps - 1)
+        self._place = place_of(params).step
         if through_unet:
             self._remaining = self._share_of_prediction(params.total_sampling_steps)
             self._feed_leaf(params, count)
         return True
 
     def _feed_leaf(self, params: Any, count: int) -> None:
-        parts = [len(one) for one in getattr(params.denoiser.sampler.sampler_extra_args["cond"], "batch", ())]
-        images = [image for image, part in enumerate(parts) for _ in range(part)]
+        images = [image for image, part in enumerate(parts_of(params.denoiser)) for _ in range(part)]
         if len(images) + count != params.x.shape[0]:
             images = [row % count for row in range(params.x.shape[0] - count)]
         leaf = params.x[-count:].detach().clone().requires_grad_()
@@ -127,6 +127,11 @@ class Automatic1111Guiding:
         sigmas = self._schedule[1]
         place = min(self._place, len(sigmas) - 2)
         return 1.0 - sigmas[place + 1] / sigmas[place] if place >= 0 and sigmas[place] > 0 else 1.0
+
+
+def parts_of(denoiser: Any) -> list[int]:
+    """Of each picture of a denoiser call, into how many parts an AND divides its prompt; empty where unknown."""
+    return [len(one) for one in getattr(denoiser.sampler.sampler_extra_args["cond"], "batch", ())]
 
 
 def _as_given(denoiser: Any, sigma: Tensor, change: Tensor) -> Tensor:

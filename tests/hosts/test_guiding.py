@@ -68,6 +68,7 @@ class Denoiser:
         self.weight = torch.tensor([0.5, -0.25, 0.125, 1.0], dtype=torch.float64).view(4, 1, 1)
         cond = SimpleNamespace(batch=[[None] * count for count in parts])
         self.sampler = SimpleNamespace(sampler_extra_args={"cond": cond}, last_latent=None)
+        self.sampler.config = None
         self.sampler.get_sigmas = lambda p, steps: torch.tensor([8.0, 4.0, 2.0, 1.0, 0.0])
 
     def get_pred_x0(self, x: Tensor, out: Tensor, sigma: Tensor) -> Tensor:

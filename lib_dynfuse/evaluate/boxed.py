@@ -46,14 +46,7 @@ class BoxedMaker:
         self._judge = Judge.load(BOX / "judge")
 
     def make(self, job: Job) -> Tensor:
-        made: Tensor = self._host.generate(
-            job.pair.prompt_of(job.method),
-            options=job.method.options,
-            seeds=job.seeds,
-            tensors=True,
-            **self._settings,
-        )
-        return made
+        return job.pictures(self._host, self._settings)
 
     def judge(self, pair: Pair, pictures: Tensor) -> Sequence[Mapping[str, float]]:
         assert pair.truth is not None, "a pair of the box"

@@ -77,14 +77,7 @@ class OwnMaker:
         self._clip, self._dino, self._csd = own.encoders.open()
 
     def make(self, job: Job) -> Tensor:
-        made: Tensor = self._host.generate(
-            job.pair.prompt_of(job.method),
-            options=job.method.options,
-            seeds=job.seeds,
-            tensors=True,
-            **self._own.picture,
-        )
-        return made
+        return job.pictures(self._host, self._own.picture)
 
     def judge(self, pair: Pair, pictures: Tensor) -> Sequence[Mapping[str, float]]:
         subject, style = (read_pictures(paths) for paths in (pair.subject_pictures, pair.style_pictures))

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -26,6 +26,17 @@ class Job(NamedTuple):
     pair: Pair
     method: Method
     seeds: tuple[int, ...]
+
+    def pictures(self, host: Any, settings: Mapping[str, Any]) -> Tensor:
+        """[N, 3, H, W] from 0 to 1, as the embedded host makes them."""
+        made: Tensor = host.generate(
+            self.pair.prompt_of(self.method),
+            options=self.method.options,
+            seeds=self.seeds,
+            tensors=True,
+            **settings,
+        )
+        return made
 
 
 class Maker(Protocol):

@@ -113,8 +113,9 @@ def train_demo(
     from lib_dynfuse.demo import train
 
     with one_clear_line():
-        if unknown := sorted(set(stage or ()) - set(train.STAGES)):
-            raise DynFuseError(f"--stage {unknown[0]}: unknown; there are: {', '.join(train.STAGES)}")
+        known = (*train.STAGES, *train.APART)
+        if unknown := sorted(set(stage or ()) - set(known)):
+            raise DynFuseError(f"--stage {unknown[0]}: unknown; there are: {', '.join(known)}")
         train.train_demo(out, data, preset, latents_from, stage or tuple(train.STAGES), threads)
 
 

@@ -22,6 +22,9 @@ FUSED: dict[str, tuple[str, dict[str, Any]]] = {
     "kl-token": ("kl-token", {}),
     "kl-soft": ("kl-soft", {}),
     "kl-balanced": ("kl", {"auto_balance": True, "couple_cfg": True}),
+    # The default rule, and the one without a choice that comes nearest to it.
+    "kl-cfg": ("kl-cfg", {"auto_balance": True, "couple_cfg": True}),
+    "sum-cfg": ("sum-cfg", {}),
     "klora": ("klora", {}),
     "np": ("np", {}),
 }

@@ -26,8 +26,8 @@ DEFAULT = ("merged", "sum", "kl", "kl-sampled", "kl-token", "peft", "klora-publi
 # What is to be known of a GPU: (unet, pixels), in float16, rank 32, without the convolutions of residual blocks.
 ON_GPU = (("sdxl", 1024), ("sd15", 512))
 METHODS_ON_GPU = (
-    "merged", "sum", "kl-triton", "kl-torch", "kl-sampled-triton", "kl-sampled-torch", "kl-balanced", "peft",
-    "klora-published",
+    "merged", "sum", "kl-triton", "kl-torch", "kl-sampled-triton", "kl-sampled-torch", "kl-balanced",
+    "kl-cfg", "peft", "klora-published",
 )  # fmt: skip
 
 

@@ -78,10 +78,10 @@ def pack(
     shutil.copytree(model.TOKENIZER, folder / "tokenizer")
 
 
-def save_pictures(file: Path, pictures: Pictures) -> None:
-    """Writes the real pictures of the held-out subjects in all styles, laid out as the data file is."""
-    index = pictures.where(split.HELD_SUBJECTS, split.STYLES)
-    names = list(split.HELD_SUBJECTS)
+def save_pictures(file: Path, pictures: Pictures, subjects: tuple[str, ...], styles: tuple[str, ...]) -> None:
+    """Writes the real pictures of these subjects in these styles, laid out as the data file is."""
+    index = pictures.where(subjects, styles)
+    names = list(subjects)
     np.savez_compressed(
         file,
         x=pictures.images[index].permute(0, 2, 3, 1).numpy(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -29,6 +30,8 @@ PIXELS = 64
 WIDTHS = (32, 64, 128, 192)
 HELD_OUT_SEED = 6
 SUBJECTS = (*split.BASE_SUBJECTS, *split.HELD_SUBJECTS)
+# Beside the judge: what it takes to tell the fresh subjects too.
+FRESH = "fresh.safetensors"
 
 
 def block(inside: int, outside: int, stride: int) -> nn.Module:
@@ -165,10 +168,17 @@ class Judge(nn.Module):
         (folder / "judge.json").write_text(json.dumps(config) + "\n")
 
     @classmethod
-    def load(cls, folder: Path = BOX) -> Judge:
-        """The judge in a folder that `save` wrote, in float32 on the CPU."""
+    def load(cls, folder: Path = BOX, fresh: bool = False) -> Judge:
+        """The judge in a folder that `save` wrote, in float32 on the CPU; with `fresh` it also knows those subjects."""
         judge = cls(**json.loads((folder / "judge.json").read_text()))
         judge.load_state_dict(load_file(folder / "judge.safetensors"))
+        if fresh:
+            more = load_file(folder / FRESH)
+            head = judge.subject.head
+            head.weight, head.bias = (
+                nn.Parameter(torch.cat([old, more[name].float()])) for name, old in head.named_parameters()
+            )
+            judge.subjects = [*judge.subjects, *split.FRESH_SUBJECTS]
         return judge.float().eval()
 
 
@@ -269,7 +279,7 @@ class Lessons:
 def train_subject(
     file: Path, lessons: Lessons, *, batch: int, schedule: loop.Schedule, device: torch.device, bar: bool = True
 ) -> tuple[SubjectNet, loop.Curve]:
-    """Trains on all subjects of the data, half of the time on those of the split; keeps the split's logits only.
+    """Trains on all subjects of the data, half of the time on those of the split; returns a network with all logits.
 
     The pictures that are held out are left out; all styles are learnt, and line drawings made from them.
     """
@@ -291,10 +301,23 @@ def train_subject(
         return cross_entropy(made, subject[index].to(device), label_smoothing=0.1)
 
     curve = loop.train(file, net, loss, schedule, seed=5, bar=bar)
+    return net.cpu().eval(), curve
+
+
+def of_subjects(net: SubjectNet, pictures: Pictures, subjects: Sequence[str]) -> SubjectNet:
+    """The network with the logits of these subjects alone, those that the data has, in this order."""
+    known = torch.tensor([pictures.names.index(name) for name in subjects if name in pictures.names])
     kept = SubjectNet(len(known), net.widths)
-    state = net.cpu().state_dict()
+    state = net.state_dict()
     kept.load_state_dict({**state, "head.weight": state["head.weight"][known], "head.bias": state["head.bias"][known]})
-    return kept.eval(), curve
+    return kept.eval()
+
+
+def save_fresh(net: SubjectNet, pictures: Pictures, folder: Path) -> None:
+    """Writes the fresh subjects' part of the head of a network that `train_subject` returned."""
+    head = of_subjects(net, pictures, split.FRESH_SUBJECTS).head
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({name: value.detach().half().contiguous() for name, value in head.named_parameters()}, folder / FRESH)
 
 
 def train_style(

@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from tqdm import tqdm
 
-from lib_dynfuse.demo import judge
+from lib_dynfuse.demo import judge, split
 from lib_dynfuse.demo.compare import GUIDED, METHODS, Alone, Method, Pair, Result, Score, compare, wilson
 from lib_dynfuse.hosts.diffusers import Embedded
 from lib_dynfuse.trace.pictures import heat_map, save
@@ -124,7 +124,7 @@ def _do(job: tuple[Job, Alone | None], seeds: int, steps: int, cfg: float) -> Re
 
 def true_picture(pair: Pair) -> npt.NDArray[np.uint8]:
     """What the artists of the style drew for the subject: nothing was trained on it. Raises ValueError without one."""
-    with np.load(BOX / "pictures.npz") as file:
+    with np.load(BOX / ("fresh.npz" if pair.subject in split.FRESH_SUBJECTS else "pictures.npz")) as file:
         subjects, styles = file["names"][file["subj"]], file["styles"][file["sty"]]
         found = np.flatnonzero((subjects == pair.subject) & (styles == pair.style))
         if not found.size:

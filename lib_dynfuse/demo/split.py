@@ -39,6 +39,13 @@ HELD_SUBJECTS = listed("""
     anchor, camera, butterfly, cherries, carrot, snowman, trophy, watermelon, hot beverage, elephant, old key
 """)
 
+# Kept back until every rule was tuned on the others: what is found there was not looked for.
+FRESH_SUBJECTS = listed("""
+    camel, turtle, scorpion, rhinoceros, crocodile, tomato, ice cream, cookie, taco, cocktail glass, factory,
+    automobile, motor scooter, sun, tornado, crystal ball, video game, violin, trumpet, lipstick, bomb, closed book,
+    moai, sunglasses
+""")
+
 BASE_SUBJECTS = listed("""
     monkey face, dog face, cat face, lion, unicorn, cow face, pig face, rabbit, koala, panda, bat, hatching chick,
     eagle, duck, owl, frog, snake, spouting whale, shark, crab, honeybee, lady beetle, spider, rose, sunflower, tulip,

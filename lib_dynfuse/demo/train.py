@@ -20,6 +20,7 @@ from lib_dynfuse.demo import (
     box,
     data,
     encoders,
+    fresh,
     judge,
     latents,
     loop,
@@ -213,7 +214,7 @@ def train_judge(work: Work) -> None:
         redrawn = avg_pool2d(redrawn.float(), factor).round().to(torch.uint8)
     lessons = judge.Lessons(pictures, redrawn, *work.other_hands)
     common: dict[str, Any] = {"device": work.device, "bar": work.bar}
-    subject, curve = judge.train_subject(
+    every_subject, curve = judge.train_subject(
         work.checkpoint("judge-subject"),
         lessons,
         batch=preset.judge_batch,
@@ -221,6 +222,8 @@ def train_judge(work: Work) -> None:
         **common,
     )
     work.record.curve("judge-subject", curve, preset.judge_batch)
+    subject = judge.of_subjects(every_subject, pictures, judge.SUBJECTS)
+    judge.save_fresh(every_subject, pictures, work.out / "judge")
     style, curve = judge.train_style(
         work.checkpoint("judge-style"),
         lessons,
@@ -310,12 +313,19 @@ def train_loras(work: Work) -> None:
         work.record.curve(name, curve, batch)
 
 
+def train_fresh(work: Work) -> None:
+    """The fresh subjects' LoRAs, on the model in the box: no other stage is needed."""
+    folders = work.out / "fresh", work.out / "checkpoints"
+    fresh.train(*folders, work.pictures, work.preset, work.record, device=work.device, bar=work.bar)
+
+
 def fill_box(work: Work) -> None:
     """Writes the pipeline's folder and the reference pictures."""
     trained = work.text_and_unet().cpu()
     box.forget_unused_words(trained.text, box.every_caption(), work.tokenizer)
     box.pack(work.out / "model", work.autoencoder(), trained.text, trained.unet, work.tokenizer)
-    box.save_pictures(work.out / "pictures.npz", work.pictures)
+    box.save_pictures(work.out / "pictures.npz", work.pictures, split.HELD_SUBJECTS, split.STYLES)
+    box.save_pictures(work.out / "fresh.npz", work.pictures, split.FRESH_SUBJECTS, split.HELD_STYLES)
 
 
 def measure_all(work: Work) -> None:
@@ -347,6 +357,8 @@ STAGES: dict[str, Callable[[Work], None]] = {
     "box": fill_box,
     "measure": measure_all,
 }
+# Only when asked for by name.
+APART: dict[str, Callable[[Work], None]] = {"fresh": train_fresh}
 
 
 def train_demo(
@@ -362,12 +374,12 @@ def train_demo(
 ) -> None:
     """Trains the boxed model, or some of its stages, and writes what the box holds into `out`.
 
-    These are model, loras, judge, clip, dino, pictures.npz and record.json.
+    These are model, loras, judge, clip, dino, pictures.npz, fresh.npz and record.json.
 
     Args:
         data_file: the emoji pictures; None fetches the npm packages and makes the file in `out`.
         latents_from: a `diffusers` autoencoder with 4 latent channels whose latents to adopt.
-        stages: names from `STAGES`, run in the order given.
+        stages: names from `STAGES` and `APART`, run in the order given.
         minutes: for each stage (`decoder`, `encoder`, `together`, `judge-subject`, `judge-style`, `style` and `subject`
             count as stages), when to stop at the latest.
         more_file: other hands' drawings for the judge; None fetches the npm packages and makes the file in `out`.
@@ -376,8 +388,9 @@ def train_demo(
         ValueError: there is no such stage or preset.
         RuntimeError: the packages could not be fetched.
     """
-    if unknown := [stage for stage in stages if stage not in STAGES]:
-        raise ValueError(f"no stage {', '.join(unknown)}; there are {', '.join(STAGES)}")
+    known = {**STAGES, **APART}
+    if unknown := [stage for stage in stages if stage not in known]:
+        raise ValueError(f"no stage {', '.join(unknown)}; there are {', '.join(known)}")
     if preset not in model.PRESETS:
         raise ValueError(f"no preset {preset}; there are {', '.join(model.PRESETS)}")
     torch.set_num_threads(threads)
@@ -392,4 +405,4 @@ def train_demo(
     work = Work(out, sizes, data.load(data_file, sizes.pixels), device, latents_from, minutes or {}, bar, more_file)
     work.record.setting(preset=preset, **asdict(sizes), adopted_latents=latents_from is not None, device=device.type)
     for stage in stages:
-        STAGES[stage](work)
+        known[stage](work)

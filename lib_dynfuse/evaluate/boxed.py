@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch.nn.functional import interpolate
 from lib_dynfuse.demo.compare import Pair as DemoPair
 from lib_dynfuse.demo.judge import Judge
 from lib_dynfuse.demo.sheet import BOX, true_picture
-from lib_dynfuse.demo.split import JUDGED_AS
+from lib_dynfuse.demo.split import FRESH_SUBJECTS, JUDGED_AS
 from lib_dynfuse.evaluate.plan import Pair
 from lib_dynfuse.evaluate.runs import Job
 from lib_dynfuse.generate import quiet_libraries
@@ -24,26 +25,27 @@ MEASURES = ("subject", "style", "both", "distance")
 
 @dataclass(frozen=True)
 class Boxed:
-    """Opens the box; travels to the worker processes."""
+    """Opens the box; travels to the worker processes. `loras`: where the fresh subjects' LoRAs are."""
 
     steps: int
     cfg: float
+    loras: Path = BOX / "loras"
 
     def __call__(self) -> BoxedMaker:
-        return BoxedMaker(self.steps, self.cfg)
+        return BoxedMaker(self.steps, self.cfg, self.loras)
 
 
 class BoxedMaker:
     """Makes pictures with the boxed model. Subject, style and both are 1 where they are judged right, else 0; distance
     is the root mean square over pixels and channels, which go from 0 to 1."""
 
-    def __init__(self, steps: int, cfg: float) -> None:
+    def __init__(self, steps: int, cfg: float, loras: Path = BOX / "loras") -> None:
         self._settings: dict[str, Any] = {"steps": steps, "cfg": cfg}
         quiet_libraries()
         # A model this small loses more to threads that wait for each other than it gains.
         torch.set_num_threads(1)
-        self._host = Embedded.load(BOX / "model", BOX / "loras", say=lambda line: None)
-        self._judge = Judge.load(BOX / "judge")
+        self._host = Embedded.load(BOX / "model", loras, say=lambda line: None)
+        self._judges = {fresh: Judge.load(BOX / "judge", fresh) for fresh in (False, True)}
 
     def make(self, job: Job) -> Tensor:
         return job.pictures(self._host, self._settings)
@@ -51,9 +53,10 @@ class BoxedMaker:
     def judge(self, pair: Pair, pictures: Tensor) -> Sequence[Mapping[str, float]]:
         assert pair.truth is not None, "a pair of the box"
         subject, style = pair.truth
-        subjects, styles = self._judge(pictures)
-        right_subject = subjects == self._judge.subjects.index(subject)
-        right_style = styles == self._judge.styles.index(JUDGED_AS[style])
+        judge = self._judges[subject in FRESH_SUBJECTS]
+        subjects, styles = judge(pictures)
+        right_subject = subjects == judge.subjects.index(subject)
+        right_style = styles == judge.styles.index(JUDGED_AS[style])
         values = torch.stack(
             [right_subject, right_style, right_subject & right_style, distance(pictures, truth(subject, style))]
         )

@@ -28,7 +28,7 @@ def evaluate(
     pairs: Annotated[
         str,
         typer.Option(
-            help="Of the box: tuning, reporting, all, or SUBJECT:STYLE with commas between. "
+            help="Of the box: tuning, reporting, all (both), fresh, or SUBJECT:STYLE with commas between. "
             "Of your own model: a file with a JSON list of objects, each with subject and style (LoRA names), prompt, "
             "and lists of files: subject_pictures, style_pictures."
         ),
@@ -52,7 +52,10 @@ def evaluate(
     model: Annotated[
         Path | None, typer.Option(help="A diffusers folder or a checkpoint; else the box.", rich_help_panel=_MODEL)
     ] = None,
-    lora_dir: Annotated[Path | None, typer.Option(help="Where its LoRAs are.", rich_help_panel=_MODEL)] = None,
+    lora_dir: Annotated[
+        Path | None,
+        typer.Option(help="Where its LoRAs are, or the box's fresh subjects'.", rich_help_panel=_MODEL),
+    ] = None,
     config: Annotated[
         Path | None,
         typer.Option(help="For a checkpoint, offline: a diffusers folder of its kind.", rich_help_panel=_MODEL),
@@ -79,7 +82,7 @@ def evaluate(
         labels = [one.label for one in chosen]
         check_folder(out)
         if model is None:
-            bench = _box(pairs, steps, cfg)
+            bench = _box(pairs, lora_dir, steps, cfg)
         else:
             encoders = {"clip": clip, "dino": dino, "csd": csd, "models": models, "device": device}
             bench = _own(Path(pairs), model, lora_dir, config, encoders, steps, cfg)
@@ -107,16 +110,26 @@ class _Plan(NamedTuple):
     workers: int
 
 
-def _box(pairs: str, steps: int, cfg: float) -> _Bench:
-    from lib_dynfuse.evaluate.boxed import Boxed
+def _box(wanted: str, lora_dir: Path | None, steps: int, cfg: float) -> _Bench:
+    from lib_dynfuse.evaluate.boxed import BOX, Boxed
     from lib_dynfuse.evaluate.plan import boxed_pairs
+    from lib_dynfuse.hosts.lora_files import find_lora
+
+    pairs, folder = boxed_pairs(wanted), lora_dir or BOX / "loras"
+    for name in {name for pair in pairs for name in (pair.subject, pair.style)}:
+        try:
+            find_lora(folder, name)
+        except DynFuseError as error:
+            raise DynFuseError(
+                f"{error}; `train-demo --stage fresh` makes the fresh subjects', for --lora-dir"
+            ) from error
 
     notes = [
         "Subject, style and both right: the share of pictures that the boxed judge, which no method has seen, takes "
         "for what was asked. Distance: root mean square difference to the true picture, pixels from 0 to 1; lower is "
         "nearer.",
     ]
-    return _Bench(boxed_pairs(pairs), Boxed(steps, cfg), notes, ("both",))
+    return _Bench(pairs, Boxed(steps, cfg, folder), notes, ("both",))
 
 
 def _own(

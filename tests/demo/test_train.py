@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 
-from lib_dynfuse.demo import judge, model, split, train
+from lib_dynfuse.demo import fresh, judge, loras, model, split, train
 
 
 def test_the_box_loads_and_its_loras_change_the_picture(trained: Path) -> None:
@@ -51,6 +52,42 @@ def test_the_judge_knows_the_split(trained: Path) -> None:
     loaded = judge.Judge.load(trained / "judge")
     assert loaded.styles == list(split.JUDGED_STYLES)
     assert loaded.subjects[: len(split.BASE_SUBJECTS)] == list(split.BASE_SUBJECTS)
+
+
+def test_the_judge_learns_the_fresh_subjects_beside_its_own(trained: Path) -> None:
+    plain, everyone = (judge.Judge.load(trained / "judge", known) for known in (False, True))
+    assert everyone.subjects == [*plain.subjects, *split.FRESH_SUBJECTS]
+    images = torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    old, new = plain.subject(images), everyone.subject(images)
+    assert new.shape == (3, len(everyone.subjects))
+    torch.testing.assert_close(new[:, : old.shape[1]], old)
+
+
+def test_fresh_subjects_are_taught_to_the_boxed_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, picture_file: Path
+) -> None:
+    monkeypatch.setattr(split, "FRESH_SUBJECTS", ("taco",))
+    monkeypatch.setattr(fresh, "STEPS", 2)
+    train.train_demo(tmp_path, picture_file_of_64(picture_file, tmp_path), stages=["fresh"], threads=1, bar=False)
+    assert {file.name for file in (tmp_path / "fresh").iterdir()} == {
+        *(file.name for file in loras.BOX.glob("style-*")),
+        "subject-taco.safetensors",
+    }
+    learnt, boxed = (
+        load_file(folder / f"subject-{name}.safetensors")
+        for folder, name in ((tmp_path / "fresh", "taco"), (loras.BOX, "fox"))
+    )
+    assert {k: v.shape for k, v in learnt.items()} == {k: v.shape for k, v in boxed.items()}
+    assert any(value.any() for name, value in learnt.items() if "lora_up" in name)
+
+
+def picture_file_of_64(file: Path, folder: Path) -> Path:
+    """The same noise at the size that the box was made for."""
+    with np.load(file) as content:
+        arrays = dict(content)
+    arrays["x"] = arrays["x"].repeat(4, axis=1).repeat(4, axis=2)
+    np.savez(folder / "pictures.npz", **arrays)
+    return folder / "pictures.npz"
 
 
 def test_adopted_latents_train_decoder_and_encoder(

@@ -23,7 +23,7 @@ made: list[Job] = []
 class Painter:
     """In place of the box: a method is as good as its name is long."""
 
-    def __init__(self, steps: int, cfg: float) -> None:
+    def __init__(self, steps: int, cfg: float, loras: Path) -> None:
         pass
 
     def make(self, job: Job) -> Tensor:
@@ -60,6 +60,14 @@ def test_rows_a_table_a_plot_and_a_sheet_are_written(evaluate: Evaluate) -> None
     assert rows["kl balanced"]["both"][0] == pytest.approx(11 / 20)
     assert rows["kl balanced"]["both minus sum"][0] == pytest.approx(8 / 20)
     assert "the boxed judge" in result.stdout
+
+
+def test_fresh_subjects_without_their_loras_are_told_how_to_get_them(evaluate: Evaluate) -> None:
+    result = evaluate("--pairs", "taco:hc", "--methods", "sum")
+    assert result.exit_code != 0
+    assert "subject-taco" in result.output
+    assert "--stage fresh" in result.output
+    assert not Path("out").exists()
 
 
 def test_it_goes_on_where_it_stopped(evaluate: Evaluate) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from lib_dynfuse.demo.split import HELD_STYLES, HELD_SUBJECTS
+from lib_dynfuse.demo.split import FRESH_SUBJECTS, HELD_STYLES, HELD_SUBJECTS
 from lib_dynfuse.errors import DynFuseError
 from lib_dynfuse.evaluate.methods import METHODS, chosen, of, parse
 from lib_dynfuse.evaluate.plan import HALVES, boxed_pairs, half, read_pairs
@@ -31,6 +31,12 @@ def test_a_half_has_each_of_its_subjects_in_each_style() -> None:
     assert {pair.truth for pair in pairs} == {(a, b) for a in half("reporting") for b in HELD_STYLES}
     assert len(pairs) == 24
     assert len(boxed_pairs("all")) == 48
+
+
+def test_fresh_subjects_are_in_neither_half() -> None:
+    assert {pair.truth for pair in boxed_pairs("fresh")} == {(a, b) for a in FRESH_SUBJECTS for b in HELD_STYLES}
+    assert not set(FRESH_SUBJECTS) & set(half("tuning") + half("reporting"))
+    assert boxed_pairs("ice cream:hc")[0].subject == "subject-ice-cream"
 
 
 def test_pairs_are_written_with_a_colon() -> None:

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from lib_dynfuse.core import kernels
 from lib_dynfuse.core.delta import Delta
 from lib_dynfuse.core.layer import Layer, Part
 from lib_dynfuse.core.moment import Moment
@@ -147,12 +148,20 @@ class Fusion:
     def __enter__(self) -> Fusion:
         if self._trace is not None:
             self._trace.attach(self.names)
+        if self._pairs:
+            self._try_kernels()
         with ExitStack() as stack:
             for layer in self._layers:
                 handle = layer.module.register_forward_hook(self._hook(layer), with_kwargs=True)
                 stack.callback(handle.remove)
             self._stack = stack.pop_all()
         return self
+
+    def _try_kernels(self) -> None:
+        """Before the first step, so that no step waits. What a host casts or moves later is tried when it comes."""
+        weights = (next(layer.module.parameters(), None) for layer in self._layers)
+        for device, dtype in {(weight.device, weight.dtype) for weight in weights if weight is not None}:
+            kernels.try_out(device, dtype)
 
     def __exit__(self, *exc: object) -> None:
         self.close()

@@ -44,16 +44,21 @@ def path(name: str) -> Iterator[None]:
 
 
 def usable(tokens: Tensor) -> bool:
-    """Whether the kernels may be used on an output [B, T, C] like this. The first one of a device and dtype is tried
-    on a small example and compared with plain torch; that is the only time that the host waits for the device."""
-    device = tokens.device
-    if (
-        _switched_off
-        or _path == "torch"
-        or not (device.type == "cuda" or (_path == "triton" and _interpreting(device)))
-    ):
+    """Whether the kernels may be used on an output [B, T, C] like this. The first one of a device and dtype that was
+    not tried before (`try_out`) is tried now."""
+    return _wanted(tokens.device) and tokens.numel() < _ELEMENTS and try_out(tokens.device, tokens.dtype)
+
+
+def try_out(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the kernels do right there: once, on a small example, they are compared with plain torch. That is the
+    only time that the host waits for the device, so it is best done before a picture is begun."""
+    return _wanted(device) and dtype in _DTYPES and _proven(device, dtype)
+
+
+def _wanted(device: torch.device) -> bool:
+    if _switched_off or _path == "torch":
         return False
-    return tokens.dtype in _DTYPES and tokens.numel() < _ELEMENTS and _proven(device, tokens.dtype)
+    return device.type == "cuda" or (_path == "triton" and _interpreting(device))
 
 
 def why_not(device: torch.device, dtype: torch.dtype) -> str:

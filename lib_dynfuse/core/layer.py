@@ -86,9 +86,9 @@ class Work:
         self.size = (y.shape[2], y.shape[3]) if channel_dim == 1 and y.dim() == 4 else None
         self.dim = -1 if self.tokens.stride(-1) == 1 else 0
 
-    def look(self, sampled: int, rows: tuple[int, ...] | None = None) -> Iterator[Features]:
+    def look(self, sampled: int, rows: tuple[int, ...] | None = None, both: bool = False) -> Iterator[Features]:
         """The features of `sampled` tokens of every batch item, or of all of them (0), stretch by stretch; of some rows
-        only where `rows` says which."""
+        only where `rows` says which. `both`: whatever is seen, both roles' products will be added."""
         raise NotImplementedError
 
     def add(self, selection: Selection) -> None:
@@ -152,8 +152,10 @@ class PackedWork(Work):
             self._hidden = self._packed.hidden(self.x)
         return self._hidden
 
-    def look(self, sampled: int, rows: tuple[int, ...] | None = None) -> Iterator[Features]:
+    def look(self, sampled: int, rows: tuple[int, ...] | None = None, both: bool = False) -> Iterator[Features]:
         packed, items = self._packed, self._items(rows)
+        # What is not looked at need not be multiplied yet, where it may turn out that one role alone is wanted.
+        early = self._winners_only and not both
         y = self.tokens[items]
         index = self._places(sampled)
         if kernels.usable(self.tokens):
@@ -163,11 +165,11 @@ class PackedWork(Work):
             products = [Product(hidden[..., packed.columns(role)], packed.up(role)) for role in (0, 1)]
             yield Features(y, products[0], products[1], -1, y.shape[0])
             return
-        if index is not None and self._winners_only and self.size is None:
+        if index is not None and early and self.size is None:
             hidden = packed.hidden(_picked(as_tokens(self.x, -1)[items], index))
-        elif index is not None and self._winners_only and self.size is not None and packed.strides:
+        elif index is not None and early and self.size is not None and packed.strides:
             hidden = packed.hidden(self.x[items], step=lattice_step(*self.size, sampled))
-        elif rows is not None and self._winners_only:
+        elif rows is not None and early:
             hidden = packed.hidden(self.x[items])
         else:
             hidden = self._both_hidden()[items]
@@ -267,7 +269,7 @@ class PlainWork(Work):
             found = self._computed[role] = as_tokens(found, self._channel_dim)
         return found
 
-    def look(self, sampled: int, rows: tuple[int, ...] | None = None) -> Iterator[Features]:
+    def look(self, sampled: int, rows: tuple[int, ...] | None = None, both: bool = False) -> Iterator[Features]:
         items = self._items(rows)
         whole = tuple(one[items] for one in (self.tokens, self._delta(0), self._delta(1)))
         index = self._places(sampled)

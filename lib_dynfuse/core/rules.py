@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Protocol
 
@@ -32,10 +32,21 @@ class Features(NamedTuple):
     items: int = 1
     both: Tensor | None = None
 
+    def parts(self, elements: int) -> Iterator[Features]:
+        """Some tokens after others, of at most so many numbers of the base each; all at once where they are few, and
+        where the deltas are never written."""
+        if isinstance(self.subject, Product) or isinstance(self.style, Product) or self.base.numel() <= elements:
+            yield self
+            return
+        size, along = max(1, elements // self.base.shape[self.dim]), 0 if self.dim == -1 else 1
+        parts = (one.split(size, along) for one in (self.base, self.subject, self.style))
+        for base, subject, style in zip(*parts, strict=True):
+            yield Features(base, subject, style, self.dim)
 
-# Called with how many tokens of each row to look at, 0 for all, and the rows, None for all. Gives them in stretches:
-# row by row, token by token.
-Look = Callable[[int, "tuple[int, ...] | None"], Iterable[Features]]
+
+# Called with how many tokens of each row to look at, 0 for all, the rows, None for all, and whether the selection will
+# add some of both roles whatever is seen. Gives them in stretches: row by row, token by token.
+Look = Callable[[int, "tuple[int, ...] | None", bool], Iterable[Features]]
 
 
 class Selection(NamedTuple):

@@ -12,13 +12,17 @@ import torch
 from torch import Tensor
 
 from lib_dynfuse.core import devices
-from lib_dynfuse.core.divergence import Workspace, cosine_distance, js_divergence, kl_pair
+from lib_dynfuse.core.divergence import Divergence, Workspace, cosine_distance, js_divergence, kl_pair
 from lib_dynfuse.core.moment import Moment
 from lib_dynfuse.core.rules import Features, Look, Pair, Rule, Selection, Strategy, flag, number
 from lib_dynfuse.core.types import Row
 
 # Divergences below this are rounding; it keeps their logarithms finite.
 _FLOOR = 1e-20
+
+
+# Elements of a stretch that are looked at together where that takes scratch memory of ten times as many.
+_PART = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -55,17 +59,20 @@ class DivergenceStrategy(Strategy):
         return 0
 
     @property
+    def adds_both(self) -> bool:
+        """Whether a layer may get some of both roles, so that both products are needed whatever wins."""
+        return self.per_token
+
+    @property
     def style_in_negative(self) -> float:
         """What the style's weight is multiplied by in the negative prompt's half."""
         return 1.0
 
     def divergences(self, features: Features, work: Workspace) -> Tensor:
         """(D_s, D_t) per token, [2, ...] float32."""
-        base, subject, style, dim, items, _ = features
-        if self.standardise:
-            spread = base.float().std(dim, keepdim=True, unbiased=False).clamp_min(1e-12)
-            features = Features(base / spread, subject / spread, style / spread, dim, items)
-        return self.criterion(features, work)
+        if not self.standardise:
+            return self.criterion(features, work)
+        return torch.cat([self.criterion(_standardised(part), work) for part in features.parts(_PART)], 1)
 
     def criterion(self, features: Features, work: Workspace) -> Tensor:
         base, subject, style, dim, items, both = features
@@ -108,6 +115,10 @@ class KLSoft(_PerItem):
 
     softness: float = number(1.0, 0.01, 10.0, "How gradual the mixing is; small values switch like kl.")
 
+    @property
+    def adds_both(self) -> bool:
+        return True
+
     def choose(self, margin: Tensor) -> tuple[Tensor, Tensor]:
         subject = torch.sigmoid(margin / self.softness)
         return subject, 1 - subject
@@ -144,6 +155,10 @@ class KLCfg(_PerItem):
         return self.subject * (self.loser + lost * subject), self.style * (1 - lost * subject)
 
     @property
+    def adds_both(self) -> bool:
+        return self.loser > 0
+
+    @property
     def style_in_negative(self) -> float:
         return self.negative
 
@@ -155,8 +170,7 @@ class JensenShannon(_PerItem):
     source: ClassVar[str] = "arXiv 2602.15539, ablation"
 
     def criterion(self, features: Features, work: Workspace) -> Tensor:
-        base, subject, style, dim, *_ = features
-        return torch.stack([js_divergence(base, delta, self.temperature, dim) for delta in (subject, style)])
+        return _role_by_role(partial(js_divergence, temperature=self.temperature), features)
 
 
 @dataclass(frozen=True)
@@ -166,8 +180,22 @@ class Cosine(_PerItem):
     source: ClassVar[str] = "arXiv 2602.15539, ablation"
 
     def criterion(self, features: Features, work: Workspace) -> Tensor:
-        base, subject, style, dim, *_ = features
-        return torch.stack([cosine_distance(base, delta, dim=dim) for delta in (subject, style)])
+        return _role_by_role(cosine_distance, features)
+
+
+def _standardised(features: Features) -> Features:
+    base, subject, style, dim, items, _ = features
+    spread = base.float().std(dim, keepdim=True, unbiased=False).clamp_min(1e-12)
+    return Features(base / spread, subject / spread, style / spread, dim, items)
+
+
+def _role_by_role(divergence: Divergence, features: Features) -> Tensor:
+    """[2, ...]: a divergence that compares one delta with the base, of both."""
+    found = [
+        torch.stack([divergence(part.base, delta, dim=part.dim) for delta in (part.subject, part.style)])
+        for part in features.parts(_PART)
+    ]
+    return torch.cat(found, 1)
 
 
 class _DivergenceRule(Rule):
@@ -208,7 +236,9 @@ class _DivergenceRule(Rule):
         deciders = moment.deciders if strategy.couple_cfg else None
         rows = len(moment.rows if deciders is None else deciders)
         # No name holds on to a stretch's features while the next one's are computed.
-        found = list(map(partial(strategy.divergences, work=self._work), look(strategy.sampled, deciders)))
+        found = list(
+            map(partial(strategy.divergences, work=self._work), look(strategy.sampled, deciders, strategy.adds_both))
+        )
         # [2, B, T]. Tiles of one picture follow one another in the batch, so that they fold into its row.
         per_token = (torch.cat(found, 1) if len(found) > 1 else found[0]).view(2, rows, -1)
         per_item = _means(per_token)

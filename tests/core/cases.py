@@ -72,7 +72,7 @@ class Scene:
         self.asked: list[int] = []
         self.looked_at: list[int] = []
 
-    def look(self, sampled: int, rows: tuple[int, ...] | None) -> Iterator[Features]:
+    def look(self, sampled: int, rows: tuple[int, ...] | None, both: bool = False) -> Iterator[Features]:
         self.asked.append(sampled)
         tokens = self.shape[1]
         for row in range(self.base.shape[0] // tokens) if rows is None else rows:

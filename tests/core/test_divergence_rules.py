@@ -235,7 +235,7 @@ def test_temperature_changes_what_counts() -> None:
     base = torch.tensor([[4.0, 0.0, 0.0, 0.0]])
     subject, style = torch.tensor([[-2.0, 0.0, 0.0, 0.0]]), torch.tensor([[0.0, 1.5, -1.5, 1.5]])
 
-    def look(sampled: int, rows: tuple[int, ...] | None) -> Iterator[Features]:
+    def look(sampled: int, rows: tuple[int, ...] | None, both: bool) -> Iterator[Features]:
         yield Features(base, subject, style, -1)
 
     wins = []

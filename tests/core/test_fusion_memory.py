@@ -79,9 +79,10 @@ def taken(rule: str, device: str, tokens: int, channels: tuple[int, int], dtype:
 
 LARGEST = {"tokens": 4096, "channels": (640, 5120), "dtype": torch.float16}
 RULES = [("kl", {}), ("kl", {"sample_tokens": 64}), ("kl", {"couple_cfg": True}), ("kl-token", {}), ("kl-soft", {})]
+OTHERS = [("kl-cfg", {"couple_cfg": True}), ("js", {}), ("cosine", {}), ("kl", {"standardise": True})]
 
 
-@pytest.mark.parametrize(("rule", "given"), RULES)
+@pytest.mark.parametrize(("rule", "given"), [*RULES, *OTHERS])
 def test_a_gpu_in_plain_torch_needs_at_most_64_mib(rule: str, given: dict[str, Any]) -> None:
     assert 1 < taken(rule, "meta", **LARGEST, **given) <= 64
 

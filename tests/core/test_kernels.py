@@ -287,6 +287,14 @@ def test_they_are_tried_once_and_draw_no_random_number(monkeypatch: pytest.Monke
     kernels._proven.cache_clear()
 
 
+def test_a_fusion_tries_them_before_its_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[tuple[torch.device, torch.dtype]] = []
+    monkeypatch.setattr(kernels, "_proven", lambda *place: tried.append(place) or True)
+    model = Toy()
+    with Fusion(some_layers(model), strategy("kl")):
+        assert tried == [(CPU, torch.float32)]
+
+
 def test_they_stay_off_where_there_is_nothing_to_run_them(monkeypatch: pytest.MonkeyPatch) -> None:
     tokens = torch.zeros(1, 2, 3)
     assert kernels.usable(tokens)

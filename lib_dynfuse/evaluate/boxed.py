@@ -21,6 +21,8 @@ from lib_dynfuse.generate import quiet_libraries
 from lib_dynfuse.hosts.diffusers import Embedded
 
 MEASURES = ("subject", "style", "both", "distance")
+# What nudges look through: the boxed ones, which have no part in judging.
+ENCODERS = {"clip": "clip", "dino": "dino", "nudge_decoder": "vae"}
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class BoxedMaker:
         self._judges = {fresh: Judge.load(BOX / "judge", fresh) for fresh in (False, True)}
 
     def make(self, job: Job) -> Tensor:
-        return job.pictures(self._host, self._settings)
+        return job.pictures(self._host, self._settings, BOX / "model", BOX, ENCODERS)
 
     def judge(self, pair: Pair, pictures: Tensor) -> Sequence[Mapping[str, float]]:
         assert pair.truth is not None, "a pair of the box"

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from lib_dynfuse.errors import DynFuseError
 from lib_dynfuse.generate import assignment
-from lib_dynfuse.options import FIELDS, Options
+from lib_dynfuse.options import FIELDS, PRESETS, Options
 
 _OPTIONS = tuple(field.name for field in FIELDS if field.name not in ("enabled", "parameters", "trace"))
 
@@ -54,14 +54,18 @@ METHODS: dict[str, Method] = {
         of("sum 1/.8", strategy="sum", style=0.8),
         of("random", strategy="random"),
         of("klora", strategy="klora"),
+        of("klora s*", strategy="klora", pattern="s*", beta=1.275),
         of("est", strategy="est"),
         of("np", strategy="np"),
+        of("np 1/.8", strategy="np", style=0.8),
         of("switch", strategy="switch"),
         of("blocks", strategy="blocks"),
         of("kl", strategy="kl", **_PLAIN),
         of("kl balanced", strategy="kl", **_EVEN),
         of("sum-cfg", strategy="sum-cfg"),
         of("kl-cfg", strategy="kl-cfg", **_EVEN),
+        of("paper", **{**_PLAIN, **PRESETS["paper"]}),
+        of("kl-cfg + nudges", strategy="kl-cfg", nudge=True, **_EVEN),
     )
 }
 

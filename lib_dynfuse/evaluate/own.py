@@ -77,7 +77,7 @@ class OwnMaker:
         self._clip, self._dino, self._csd = own.encoders.open()
 
     def make(self, job: Job) -> Tensor:
-        return job.pictures(self._host, self._own.picture)
+        return job.pictures(self._host, self._own.picture, self._own.model, self._own.encoders.models, {})
 
     def judge(self, pair: Pair, pictures: Tensor) -> Sequence[Mapping[str, float]]:
         subject, style = (read_pictures(paths) for paths in (pair.subject_pictures, pair.style_pictures))

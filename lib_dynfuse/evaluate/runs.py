@@ -7,15 +7,20 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from lib_dynfuse import compared
+from lib_dynfuse.errors import DynFuseError
 from lib_dynfuse.evaluate.methods import Method
 from lib_dynfuse.evaluate.plan import Pair
 from lib_dynfuse.evaluate.store import Row, add_rows, keep_picture
+
+if TYPE_CHECKING:
+    from lib_dynfuse.hosts.diffusers import Embedded
 
 TOGETHER = 4  # pictures of one forward pass: what a kill loses at most, in each process
 
@@ -27,15 +32,33 @@ class Job(NamedTuple):
     method: Method
     seeds: tuple[int, ...]
 
-    def pictures(self, host: Any, settings: Mapping[str, Any]) -> Tensor:
-        """[N, 3, H, W] from 0 to 1, as the embedded host makes them."""
-        made: Tensor = host.generate(
-            self.pair.prompt_of(self.method),
-            options=self.method.options,
-            seeds=self.seeds,
-            tensors=True,
+    def pictures(
+        self, host: Embedded, settings: Mapping[str, Any], model: Path, models: Path, encoders: Mapping[str, str]
+    ) -> Tensor:
+        """[N, 3, H, W] from 0 to 1, as the embedded host makes them.
+
+        Where the method nudges, towards what each LoRA makes alone: `model` is where the host's came from, `models`
+        where encoders are looked for first, `encoders` has options that say which. Raises DynFuseError where nothing
+        is left to nudge by.
+        """
+        options = self.method.options
+        settings = {
+            "negative": "",
+            "sampler": None,
+            "size": None,
             **settings,
-        )
+            "prompt": self.pair.prompt_of(self.method),
+        }
+        guide = None
+        if options.nudge:
+            options = options.model_copy(update=encoders)
+            said: list[str] = []
+            guidance = compared.guidance(host, model, options, self.seeds, settings, models, said.append)
+            if guidance is None or guidance.nudge is None:
+                raise DynFuseError(f"the method {self.method.label}: {said[-1] if said else 'there are no nudges'}")
+            decoder = host.decoder(options.nudge_decoder, models)
+            guide = guidance.guide(range(len(self.seeds)), self.seeds, decoder)
+        made: Tensor = host.generate(**settings, options=options, seeds=self.seeds, guide=guide, tensors=True)
         return made
 
 

@@ -16,6 +16,7 @@ from lib_dynfuse.__main__ import app
 from lib_dynfuse.evaluate import boxed
 from lib_dynfuse.evaluate.plan import Pair
 from lib_dynfuse.evaluate.runs import Job
+from lib_dynfuse.guidance.objectives import TERMS
 
 made: list[Job] = []
 
@@ -118,6 +119,25 @@ def test_the_box_makes_and_judges_pictures(tmp_path: Path) -> None:
     for row in rows:
         assert row["both"] == row["subject"] * row["style"]
         assert 0 < row["distance"] < 1
+
+
+def test_a_method_that_nudges_is_nudged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    words = ["evaluate", "--pairs", "fox:hc", "--seeds", "1", "--steps", "4", "--workers", "1"]
+    plain, nudged = "plain: strategy=sum", "nudged: strategy=sum nudge=true nudge_strength=1 nudge_clamp=1"
+    result = CliRunner().invoke(app, [*words, "--method", plain, "--method", nudged, "--out", str(tmp_path / "out")])
+    assert result.exit_code == 0, result.output
+    first, second = (tmp_path / "out" / "pictures").iterdir()
+    assert first.read_bytes() != second.read_bytes()
+    assert len(list((tmp_path / "dynfuse" / "references").iterdir())) == 2, "what each LoRA makes alone"
+
+
+def test_nudges_that_nothing_is_left_of_are_refused(tmp_path: Path) -> None:
+    words = ["evaluate", "--pairs", "fox:hc", "--seeds", "1", "--steps", "1", "--workers", "1"]
+    none = " ".join(f"weight_{term}=0" for term in TERMS)
+    result = CliRunner().invoke(app, [*words, "--method", f"x: strategy=sum nudge=true {none}", "--out", str(tmp_path)])
+    assert result.exit_code == 2
+    assert "the method x: not nudged: the weights of all terms are 0" in result.stderr
 
 
 def test_the_distance_to_the_truth_itself_is_nothing() -> None:

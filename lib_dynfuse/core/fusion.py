@@ -200,7 +200,7 @@ class Fusion:
         selection = self._rule.select(part.index, moment, work.look) if inside else BOTH
         work.add(selection)
         if self._trace is not None:
-            self._trace.add(part.index, *selection)
+            self._trace.add(part.index, *selection[:4])
 
     def _begin(self, index: int, x: Tensor) -> Moment:
         """The moment of this forward pass; a layer that fires again starts a new one."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lib_dynfuse.core import devices, kernels
 from lib_dynfuse.core.delta import Delta
 from lib_dynfuse.core.packed import Packed, Product, add_product, as_tokens
-from lib_dynfuse.core.rules import Features, Selection
+from lib_dynfuse.core.rules import Features, Selection, Weight
 
 
 @dataclass
@@ -72,6 +72,10 @@ _STRETCH = {"cpu": 1 << 19}
 _STRETCH_ELSEWHERE = 5 << 19
 
 
+# How many numbers are squared together.
+_SQUARES = 1 << 19
+
+
 class Work:
     """One part in one forward pass. `tokens` is the output as [B, T, C]; `add` changes it in place.
 
@@ -93,6 +97,24 @@ class Work:
 
     def add(self, selection: Selection) -> None:
         """Adds what the selection gives each role; its tensors are [rows] or [rows, T]."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def _weights(self, selection: Selection) -> tuple[Weight, Weight]:
+        """What each role is multiplied by, a constant to autograd; [B, T] where the style is held under a ceiling."""
+        subject, style = selection.subject, selection.style
+        if not selection.ceiling:
+            return subject, style
+        # No length of a base output is zero but where there is nothing to see.
+        below = 1 / (selection.ceiling**2 * _squares(self.tokens, self.dim).clamp_min_(1e-20))
+        pressed = torch.addcmul(torch.ones_like(below), self._style_squares(), below).rsqrt_()
+        subject, style = (
+            self._column(weight).squeeze(-1) if isinstance(weight, Tensor) else weight for weight in (subject, style)
+        )
+        return torch.zeros_like(pressed).add_(subject), pressed.mul_(style)
+
+    def _style_squares(self) -> Tensor:
+        """The squared length of the style's delta at every token, [B, T] float32."""
         raise NotImplementedError
 
     def _places(self, sampled: int) -> Tensor | None:
@@ -200,8 +222,14 @@ class PackedWork(Work):
         """Whether the decision can be read, so that of most tokens and rows only the winner's product is needed."""
         return devices.readable(self.tokens.device)
 
+    def _style_squares(self) -> Tensor:
+        # |h B^T|^2 = h (B^T B) h^T: the delta itself need not be made.
+        packed = self._packed
+        hidden = self._both_hidden()[..., packed.columns(1)].float()
+        return (hidden @ packed.gram(1)).mul_(hidden).sum(-1).clamp_min_(0.0)
+
     def add(self, selection: Selection) -> None:
-        subject, style = selection.subject, selection.style
+        subject, style = self._weights(selection)
         packed = self._packed
         if isinstance(subject, Tensor) and isinstance(style, Tensor):
             if kernels.usable(self.tokens) and self._add_by_kernels(subject, style):
@@ -281,14 +309,29 @@ class PlainWork(Work):
             base, subject, style = (self._stretch(one, *where) for one in whole)
             yield Features(base, subject, style, self.dim, where[0].stop - where[0].start)
 
+    def _style_squares(self) -> Tensor:
+        return _squares(self._delta(1), self.dim)
+
     def add(self, selection: Selection) -> None:
         target = self._native(self.tokens)
-        weights = (selection.subject, selection.style)[: len(self._deltas)]
+        weights = self._weights(selection)[: len(self._deltas)]
         for role, weight in enumerate(weights):
             if isinstance(weight, Tensor):
                 target.add_(_weighted(self._native(self._delta(role)), self._native(self._column(weight))))
             elif weight:
                 target.add_(self._native(self._delta(role)), alpha=weight)
+
+
+def _squares(tokens: Tensor, dim: int) -> Tensor:
+    """The squared length of every token of [B, T, C], [B, T] float32."""
+    if dim == -1 or not devices.readable(tokens.device):
+        return torch.linalg.vector_norm(tokens, dim=-1, dtype=torch.float32).square_()
+    # A channel's neighbours lie far apart in memory; a CPU is faster at adding up whole channels, some at a time.
+    native = tokens.transpose(1, 2)
+    found = torch.zeros(native.shape[0], native.shape[2], dtype=torch.float32, device=tokens.device)
+    for part in native.split(max(1, _SQUARES // max(1, native[:, 0].numel())), 1):
+        found.add_(part.float().square_().sum(1) if part.dtype != torch.float32 else part.square().sum(1))
+    return found
 
 
 def _weighted(values: Tensor, weights: Tensor) -> Tensor:

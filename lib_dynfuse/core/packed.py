@@ -50,6 +50,7 @@ class Packed:
         self._place: tuple[torch.dtype, torch.device] | None = None
         self.ranks = tuple(found.down.shape[0] for found in factors)
         self._down = self._up = torch.empty(0)
+        self._grams: dict[int, Tensor] = {}
 
     @classmethod
     def of(cls, deltas: Sequence[Delta]) -> Packed | None:
@@ -88,6 +89,7 @@ class Packed:
                 self._down = torch.cat([one.down.to(x.device, x.dtype) for one in factors])
                 self._up = torch.cat([one.up.to(x.device, x.dtype).flatten(1).T for one in factors])
         self._factors, self._scales, self._place = None, scales, (x.dtype, x.device)
+        self._grams.clear()
 
     def hidden(self, x: Tensor, role: int | None = None, step: int = 1) -> Tensor:
         """x · A^T of both roles, or of one: [B, T, r]; of a convolution's every step-th pixel, down and across."""
@@ -103,6 +105,14 @@ class Packed:
     def up(self, role: int | None = None) -> Tensor:
         """B^T of both roles, or of one: [r, C]."""
         return self._up if role is None else self._up[self.columns(role)]
+
+    def gram(self, role: int) -> Tensor:
+        """B^T B of a role, [r, r] float32: what turns hidden products into squared lengths."""
+        if role not in self._grams:
+            with torch.inference_mode(False), torch.no_grad():
+                up = self.up(role).float()
+                self._grams[role] = up @ up.T
+        return self._grams[role]
 
     def add(self, tokens: Tensor, hidden: Tensor, role: int | None = None, scale: float = 1.0) -> None:
         """tokens += scale * hidden · B^T, in place."""

@@ -52,13 +52,16 @@ Look = Callable[[int, "tuple[int, ...] | None", bool], Iterable[Features]]
 class Selection(NamedTuple):
     """How much of each role's delta a layer gets: a number, [B] per batch item, or [B, T] per token.
 
-    Boolean tensors mean one or the other. The divergences [B] are there for the trace.
+    Boolean tensors mean one or the other. The divergences [B] are there for the trace. `ceiling`, where it is not 0,
+    presses the style down where it is loud: with q = |d_t| / |y0| of a token, its delta is divided by
+    sqrt(1 + (q / ceiling)^2), so that it grows as before where it is weak and nowhere beyond `ceiling` times |y0|.
     """
 
     subject: Weight
     style: Weight
     d_subject: Tensor | None = None
     d_style: Tensor | None = None
+    ceiling: float = 0.0
 
 
 class Pair(NamedTuple):

@@ -68,6 +68,11 @@ class DivergenceStrategy(Strategy):
         """What the style's weight is multiplied by in the negative prompt's half."""
         return 1.0
 
+    @property
+    def style_ceiling(self) -> float:
+        """`Selection.ceiling` of every layer."""
+        return 0.0
+
     def divergences(self, features: Features, work: Workspace) -> Tensor:
         """(D_s, D_t) per token, [2, ...] float32."""
         if not self.standardise:
@@ -134,10 +139,11 @@ class KLToken(DivergenceStrategy):
 
 @dataclass(frozen=True)
 class KLCfg(_PerItem):
-    """y0 + a w_s d_s + b w_t d_t, w = 1 for the winner of `kl` and `loser` for the other one.
+    """y0 + a w_s d_s + b w_t p d_t, w = 1 for the winner of `kl` and `loser` for the other one.
 
-    In the negative prompt's half b is smaller, as in `sum-cfg`: guidance goes from that half's prediction towards the
-    prompt's and brings out what only the latter has.
+    p = 1 / sqrt(1 + (|d_t| / (ceiling |y0|))^2) for every token: a style that is louder than the layer itself covers
+    the subject, however it was trained. In the negative prompt's half b is smaller, as in `sum-cfg`: guidance goes from
+    that half's prediction towards the prompt's and brings out what only the latter has.
     """
 
     name: ClassVar[str] = "kl-cfg"
@@ -148,6 +154,9 @@ class KLCfg(_PerItem):
     subject: float = number(1.2, 0.0, 4.0, "How much of the subject is added.")
     style: float = number(0.9, 0.0, 4.0, "How much of the style is added in the prompt's half.")
     negative: float = number(0.5, 0.0, 2.0, "The share of that in the negative prompt's half; 1 makes no difference.")
+    ceiling: float = number(
+        0.0, 0.0, 10.0, "Presses the style down where it is louder than this share of a layer's own output; 0: nowhere."
+    )
 
     def choose(self, margin: Tensor) -> tuple[Tensor, Tensor]:
         subject = (margin >= 0).to(margin.dtype)
@@ -161,6 +170,10 @@ class KLCfg(_PerItem):
     @property
     def style_in_negative(self) -> float:
         return self.negative
+
+    @property
+    def style_ceiling(self) -> float:
+        return self.ceiling
 
 
 @dataclass(frozen=True)
@@ -257,7 +270,7 @@ class _DivergenceRule(Rule):
         subject, style = strategy.choose(margin)
         if self._shares is not None:
             style = style * self._shares.view(-1, *(1 for _ in style.shape[1:]))
-        selection = Selection(subject, style, per_item[0], per_item[1])
+        selection = Selection(subject, style, per_item[0], per_item[1], strategy.style_ceiling)
         if every > 1:
             self._kept[layer, moment.rows] = (moment.step, selection)
         return selection

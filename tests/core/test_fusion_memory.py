@@ -79,7 +79,7 @@ def taken(rule: str, device: str, tokens: int, channels: tuple[int, int], dtype:
 
 LARGEST = {"tokens": 4096, "channels": (640, 5120), "dtype": torch.float16}
 RULES = [("kl", {}), ("kl", {"sample_tokens": 64}), ("kl", {"couple_cfg": True}), ("kl-token", {}), ("kl-soft", {})]
-OTHERS = [("kl-cfg", {"couple_cfg": True}), ("js", {}), ("cosine", {}), ("kl", {"standardise": True})]
+OTHERS = [("kl-cfg", {"couple_cfg": True, "ceiling": 0.3}), ("js", {}), ("cosine", {}), ("kl", {"standardise": True})]
 
 
 @pytest.mark.parametrize(("rule", "given"), [*RULES, *OTHERS])

@@ -197,6 +197,7 @@ RULES = [
     ("kl", {"standardise": True, "temperature": 2.0}),
     ("kl-token", {}),
     ("kl-soft", {}),
+    ("kl-cfg", {"ceiling": 0.3}),
     ("js", {}),
 ]
 

@@ -193,14 +193,15 @@ class Fusion:
         inside = self._window[0] <= moment.progress <= self._window[1]
         if not inside and part.outside is not None:
             part = part.outside
-        work = part.at_work(module, x, y, len(moment.rows))
+        ceiling = self.strategy.style_ceiling if inside and part.index is not None else 0.0
+        work = part.at_work(module, x, y, len(moment.rows), ceiling)
         if part.index is None:
             work.add(BOTH)
             return
         selection = self._rule.select(part.index, moment, work.look) if inside else BOTH
         work.add(selection)
         if self._trace is not None:
-            self._trace.add(part.index, *selection[:4])
+            self._trace.add(part.index, *selection)
 
     def _begin(self, index: int, x: Tensor) -> Moment:
         """The moment of this forward pass; a layer that fires again starts a new one."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lib_dynfuse.core import devices, kernels
 from lib_dynfuse.core.delta import Delta
 from lib_dynfuse.core.packed import Packed, Product, add_product, as_tokens
-from lib_dynfuse.core.rules import Features, Selection, Weight
+from lib_dynfuse.core.rules import Features, Selection
 
 
 @dataclass
@@ -37,7 +37,7 @@ class Part:
     def nbytes(self) -> int:
         return self.packed.nbytes if self.packed is not None else sum(delta.nbytes for delta in self.deltas)
 
-    def at_work(self, module: nn.Module, x: Tensor, y: Tensor, rows: int) -> Work:
+    def at_work(self, module: nn.Module, x: Tensor, y: Tensor, rows: int, ceiling: float = 0.0) -> Work:
         channel_dim = self.deltas[0].channel_dim
         if self.start or self.stop is not None:
             channels = y.shape[channel_dim]
@@ -48,8 +48,8 @@ class Part:
         for delta in self.deltas:
             delta.check(x, y)
         if self.packed is not None:
-            return PackedWork(self.packed, x, y, channel_dim, rows)
-        return PlainWork(self, module, x, y, channel_dim, rows)
+            return PackedWork(self.packed, x, y, channel_dim, rows, ceiling)
+        return PlainWork(self, module, x, y, channel_dim, rows, ceiling)
 
 
 @dataclass
@@ -81,9 +81,11 @@ class Work:
 
     The batch has `rows` rows, each of one batch item or of several tiles that follow one another. Everything is
     computed in the memory order of the layer's output: channels last for a Linear, first for most convolutions.
+    `ceiling`: the strategy's for the style.
     """
 
-    def __init__(self, x: Tensor, y: Tensor, channel_dim: int, rows: int) -> None:
+    def __init__(self, x: Tensor, y: Tensor, channel_dim: int, rows: int, ceiling: float) -> None:
+        self.ceiling = ceiling
         self.x = x if x.dtype == y.dtype else x.to(y.dtype)
         self.tokens = as_tokens(y, channel_dim)
         self.rows = rows
@@ -100,22 +102,14 @@ class Work:
         raise NotImplementedError
 
     @torch.no_grad()
-    def _weights(self, selection: Selection) -> tuple[Weight, Weight]:
-        """What each role is multiplied by, a constant to autograd; [B, T] where the style is held under a ceiling."""
-        subject, style = selection.subject, selection.style
-        if not selection.ceiling:
-            return subject, style
-        # No length of a base output is zero but where there is nothing to see.
-        below = 1 / (selection.ceiling**2 * _squares(self.tokens, self.dim).clamp_min_(1e-20))
-        pressed = torch.addcmul(torch.ones_like(below), self._style_squares(), below).rsqrt_()
-        subject, style = (
-            self._column(weight).squeeze(-1) if isinstance(weight, Tensor) else weight for weight in (subject, style)
-        )
-        return torch.zeros_like(pressed).add_(subject), pressed.mul_(style)
+    def _pressed(self, squares: Tensor) -> Tensor:
+        """What the style is multiplied by to stay below the ceiling, [B, T, 1], a constant to autograd.
 
-    def _style_squares(self) -> Tensor:
-        """The squared length of the style's delta at every token, [B, T] float32."""
-        raise NotImplementedError
+        squares: of its length at every token, [B, T] float32. Called before anything is added.
+        """
+        # No length of a base output is zero but where there is nothing to see.
+        below = _squares(self.tokens, self.dim).mul_(self.ceiling**2).clamp_min_(1e-20)
+        return squares.div(below).add_(1.0).rsqrt_().unsqueeze(-1)
 
     def _places(self, sampled: int) -> Tensor | None:
         """Which of the T tokens are looked at, None for all of them."""
@@ -163,8 +157,8 @@ class Work:
 class PackedWork(Work):
     """Low-rank deltas: neither of them is ever made as a whole."""
 
-    def __init__(self, packed: Packed, x: Tensor, y: Tensor, channel_dim: int, rows: int) -> None:
-        super().__init__(x, y, channel_dim, rows)
+    def __init__(self, packed: Packed, x: Tensor, y: Tensor, channel_dim: int, rows: int, ceiling: float) -> None:
+        super().__init__(x, y, channel_dim, rows, ceiling)
         packed.ready(self.x)
         self._packed = packed
         self._hidden: Tensor | None = None
@@ -172,12 +166,25 @@ class PackedWork(Work):
     def _both_hidden(self) -> Tensor:
         if self._hidden is None:
             self._hidden = self._packed.hidden(self.x)
+            if self.ceiling:
+                self._hidden = self._with_style_pressed(self._hidden)
         return self._hidden
+
+    def _with_style_pressed(self, hidden: Tensor) -> Tensor:
+        packed = self._packed
+        style = hidden[..., packed.columns(1)]
+        # |h B^T|^2 = h (B^T B) h^T: the delta itself need not be made.
+        wide = style.detach().float()
+        pressed = self._pressed((wide @ packed.gram(1)).mul_(wide).sum(-1).clamp_min_(0.0))
+        if hidden.requires_grad:
+            return torch.cat([hidden[..., packed.columns(0)], style * pressed.to(style.dtype)], -1)
+        style.mul_(pressed)
+        return hidden
 
     def look(self, sampled: int, rows: tuple[int, ...] | None = None, both: bool = False) -> Iterator[Features]:
         packed, items = self._packed, self._items(rows)
         # What is not looked at need not be multiplied yet, where it may turn out that one role alone is wanted.
-        early = self._winners_only and not both
+        early = self._winners_only and not both and not self.ceiling
         y = self.tokens[items]
         index = self._places(sampled)
         if kernels.usable(self.tokens):
@@ -222,14 +229,8 @@ class PackedWork(Work):
         """Whether the decision can be read, so that of most tokens and rows only the winner's product is needed."""
         return devices.readable(self.tokens.device)
 
-    def _style_squares(self) -> Tensor:
-        # |h B^T|^2 = h (B^T B) h^T: the delta itself need not be made.
-        packed = self._packed
-        hidden = self._both_hidden()[..., packed.columns(1)].float()
-        return (hidden @ packed.gram(1)).mul_(hidden).sum(-1).clamp_min_(0.0)
-
     def add(self, selection: Selection) -> None:
-        subject, style = self._weights(selection)
+        subject, style = selection.subject, selection.style
         packed = self._packed
         if isinstance(subject, Tensor) and isinstance(style, Tensor):
             if kernels.usable(self.tokens) and self._add_by_kernels(subject, style):
@@ -243,7 +244,9 @@ class PackedWork(Work):
         else:
             for role, weight in enumerate((subject, style)):
                 if weight:
-                    packed.add(self.tokens, packed.hidden(self.x, role), role, float(weight))
+                    pressed = self.ceiling > 0
+                    hidden = self._both_hidden()[..., packed.columns(role)] if pressed else packed.hidden(self.x, role)
+                    packed.add(self.tokens, hidden, role, float(weight))
 
     def _add_by_kernels(self, subject: Tensor, style: Tensor) -> bool:
         weights = (self._column(weight).squeeze(-1) for weight in (subject, style))
@@ -280,8 +283,10 @@ class PackedWork(Work):
 class PlainWork(Work):
     """Deltas of any kind, each computed by itself."""
 
-    def __init__(self, part: Part, module: nn.Module, x: Tensor, y: Tensor, channel_dim: int, rows: int) -> None:
-        super().__init__(x, y, channel_dim, rows)
+    def __init__(
+        self, part: Part, module: nn.Module, x: Tensor, y: Tensor, channel_dim: int, rows: int, ceiling: float
+    ) -> None:
+        super().__init__(x, y, channel_dim, rows, ceiling)
         self._deltas = part.deltas
         self._base = _without_bias(module, part, y) if any(delta.needs_base for delta in part.deltas) else y
         self._channel_dim = channel_dim
@@ -294,7 +299,10 @@ class PlainWork(Work):
             found = self._deltas[role](self.x, self._base)
             if found.stride() != self._base.stride():
                 found = torch.empty_like(self._base).copy_(found)
-            found = self._computed[role] = as_tokens(found, self._channel_dim)
+            found = as_tokens(found, self._channel_dim)
+            if role == 1 and self.ceiling:
+                found = found * self._pressed(_squares(found, self.dim)).to(found.dtype)
+            self._computed[role] = found
         return found
 
     def look(self, sampled: int, rows: tuple[int, ...] | None = None, both: bool = False) -> Iterator[Features]:
@@ -309,12 +317,11 @@ class PlainWork(Work):
             base, subject, style = (self._stretch(one, *where) for one in whole)
             yield Features(base, subject, style, self.dim, where[0].stop - where[0].start)
 
-    def _style_squares(self) -> Tensor:
-        return _squares(self._delta(1), self.dim)
-
     def add(self, selection: Selection) -> None:
         target = self._native(self.tokens)
-        weights = self._weights(selection)[: len(self._deltas)]
+        weights = (selection.subject, selection.style)[: len(self._deltas)]
+        if self.ceiling:
+            self._delta(1)  # is measured against the output as it still is
         for role, weight in enumerate(weights):
             if isinstance(weight, Tensor):
                 target.add_(_weighted(self._native(self._delta(role)), self._native(self._column(weight))))

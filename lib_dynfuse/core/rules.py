@@ -52,16 +52,13 @@ Look = Callable[[int, "tuple[int, ...] | None", bool], Iterable[Features]]
 class Selection(NamedTuple):
     """How much of each role's delta a layer gets: a number, [B] per batch item, or [B, T] per token.
 
-    Boolean tensors mean one or the other. The divergences [B] are there for the trace. `ceiling`, where it is not 0,
-    presses the style down where it is loud: with q = |d_t| / |y0| of a token, its delta is divided by
-    sqrt(1 + (q / ceiling)^2), so that it grows as before where it is weak and nowhere beyond `ceiling` times |y0|.
+    Boolean tensors mean one or the other. The divergences [B] are there for the trace.
     """
 
     subject: Weight
     style: Weight
     d_subject: Tensor | None = None
     d_style: Tensor | None = None
-    ceiling: float = 0.0
 
 
 class Pair(NamedTuple):
@@ -89,6 +86,13 @@ class Strategy(ABC):
     name: ClassVar[str]
     help: ClassVar[str]
     source: ClassVar[str]
+
+    @property
+    def style_ceiling(self) -> float:
+        """Where it is not 0, the style is pressed down where it is loud, before anything is decided: with q = |d_t| /
+        |y0| of a token, d_t is divided by sqrt(1 + (q / ceiling)^2). So it is what it was where it is weak, and nowhere
+        beyond `ceiling` times |y0|."""
+        return 0.0
 
     def prepare(self, pair: Pair) -> Pair:
         """A chance to change the deltas once, before the first forward pass."""

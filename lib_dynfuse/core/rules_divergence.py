@@ -68,11 +68,6 @@ class DivergenceStrategy(Strategy):
         """What the style's weight is multiplied by in the negative prompt's half."""
         return 1.0
 
-    @property
-    def style_ceiling(self) -> float:
-        """`Selection.ceiling` of every layer."""
-        return 0.0
-
     def divergences(self, features: Features, work: Workspace) -> Tensor:
         """(D_s, D_t) per token, [2, ...] float32."""
         if not self.standardise:
@@ -147,15 +142,17 @@ class KLCfg(_PerItem):
     """
 
     name: ClassVar[str] = "kl-cfg"
-    help: ClassVar[str] = "Adds both, less of the one that kl would drop, and less style in the negative prompt's half."
+    help: ClassVar[str] = (
+        "Adds both, half of what kl would drop, a style pressed down where loud, less in the negative half."
+    )
     source: ClassVar[str] = "ours"
 
-    loser: float = number(0.7, 0.0, 1.0, "What the role keeps that moves a layer's features less: 0 switches like kl.")
-    subject: float = number(1.2, 0.0, 4.0, "How much of the subject is added.")
-    style: float = number(0.9, 0.0, 4.0, "How much of the style is added in the prompt's half.")
-    negative: float = number(0.5, 0.0, 2.0, "The share of that in the negative prompt's half; 1 makes no difference.")
+    loser: float = number(0.5, 0.0, 1.0, "What the role keeps that moves a layer's features less: 0 switches like kl.")
+    subject: float = number(1.1, 0.0, 4.0, "How much of the subject is added.")
+    style: float = number(1.4, 0.0, 4.0, "How much of the style is added in the prompt's half.")
+    negative: float = number(0.4, 0.0, 2.0, "The share of that in the negative prompt's half; 1 makes no difference.")
     ceiling: float = number(
-        0.0, 0.0, 10.0, "Presses the style down where it is louder than this share of a layer's own output; 0: nowhere."
+        0.35, 0.0, 10.0, "Presses the style down where it is louder than this share of a layer's output; 0: nowhere."
     )
 
     def choose(self, margin: Tensor) -> tuple[Tensor, Tensor]:
@@ -270,7 +267,7 @@ class _DivergenceRule(Rule):
         subject, style = strategy.choose(margin)
         if self._shares is not None:
             style = style * self._shares.view(-1, *(1 for _ in style.shape[1:]))
-        selection = Selection(subject, style, per_item[0], per_item[1], strategy.style_ceiling)
+        selection = Selection(subject, style, per_item[0], per_item[1])
         if every > 1:
             self._kept[layer, moment.rows] = (moment.step, selection)
         return selection

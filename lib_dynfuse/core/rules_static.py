@@ -69,19 +69,22 @@ class SumCfg(Strategy):
     style: float = number(0.8, 0.0, 4.0, "How much of the style is added in the prompt's half.")
     negative: float = number(0.5, 0.0, 2.0, "The share of that in the negative prompt's half; 1 makes no difference.")
     ceiling: float = number(
-        0.0, 0.0, 10.0, "Presses the style down where it is louder than this share of a layer's own output; 0: nowhere."
+        0.0, 0.0, 10.0, "Presses the style down where it is louder than this share of a layer's output; 0: nowhere."
     )
 
     def start(self, pairs: Sequence[Pair]) -> Rule:
-        return _Halves(self.subject, self.style, self.style * self.negative, self.ceiling)
+        return _Halves(self.subject, self.style, self.style * self.negative)
+
+    @property
+    def style_ceiling(self) -> float:
+        return self.ceiling
 
 
 class _Halves(Rule):
     """The subject's weight, and the style's by the half that a row belongs to; sent to the device when rows change."""
 
-    def __init__(self, subject: float, style: float, negative: float, ceiling: float) -> None:
+    def __init__(self, subject: float, style: float, negative: float) -> None:
         self._weights = (subject, style, negative)
-        self._ceiling = ceiling
         self._made: tuple[tuple[Row, ...], torch.device] | None = None
         self._selection = NEITHER
 
@@ -91,8 +94,7 @@ class _Halves(Rule):
             return
         subject, style, negative = self._weights
         weights = torch.tensor([[subject, style if row.cond else negative] for row in moment.rows])
-        subjects, styles = weights.T.contiguous().to(moment.device, non_blocking=True)
-        self._selection = Selection(subjects, styles, ceiling=self._ceiling)
+        self._selection = Selection(*weights.T.contiguous().to(moment.device, non_blocking=True))
         self._made = made_for
 
     def select(self, layer: int, moment: Moment, look: Look) -> Selection:

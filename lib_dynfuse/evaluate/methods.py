@@ -64,6 +64,7 @@ METHODS: dict[str, Method] = {
         of("kl balanced", strategy="kl", **_EVEN),
         of("sum-cfg", strategy="sum-cfg"),
         of("kl-cfg", strategy="kl-cfg", **_EVEN),
+        of("kl-cfg before", strategy="kl-cfg", **_EVEN, loser=0.7, subject=1.2, style=0.9, negative=0.5, ceiling=0),
         of("paper", **{**_PLAIN, **PRESETS["paper"]}),
         of("kl-cfg + nudges", strategy="kl-cfg", nudge=True, **_EVEN),
     )

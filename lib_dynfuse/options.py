@@ -22,7 +22,7 @@ from lib_dynfuse.errors import DynFuseError
 from lib_dynfuse.fingerprint import fingerprint
 
 INFOTEXT_KEY = "DynFuse"
-# What the reporting half of tests/bench/NOTES.md speaks for, with the two switches below.
+# What tests/bench/NOTES.md speaks for, with the two switches below.
 DEFAULT_STRATEGY = "kl-cfg"
 # Settings by name, for who would not choose one by one; what a preset does not name has its default.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -36,8 +36,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "nudge_start": 0.0,
         "nudge_stop": 1.0,
     },
-    "subject first": {"strategy": "sum-cfg", "parameters": {"subject": 1.0, "style": 0.6, "negative": 0.33}},
-    "style first": {"strategy": "sum-cfg", "parameters": {"subject": 1.0, "style": 1.0, "negative": 0.6}},
+    "subject first": {"balance": -0.4},
+    "style first": {"balance": 0.4},
 }
 # They change no picture, so they are no part of a picture's description.
 NOT_IN_INFOTEXT = ("enabled", "score", "keep_best", "trace")

@@ -30,9 +30,10 @@ def test_defaults_are_what_was_measured_to_be_best_and_switched_off():
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_is_a_choice_of_options_and_what_is_said_beside_it_wins(name: str):
-    chosen = Options.read(with_preset({"preset": name, "balance": 0.5}))
-    assert chosen.balance == 0.5
+    chosen = Options.read(with_preset({"preset": name, "schedule": 0.5}))
+    assert chosen.schedule == 0.5
     assert {key: getattr(chosen, key) for key in PRESETS[name]} == PRESETS[name]
+    assert Options.read(with_preset({"preset": name, "balance": 0.1})).balance == 0.1
 
 
 def test_the_paper_s_rule_is_unbalanced_uncoupled_and_hard():

@@ -39,7 +39,10 @@ _FILES_HEIGHT = 120
 _OF_RULES = tuple(
     name for name in ORDER if any(name == one.name for info in strategies().values() for one in info.parameters)
 )
-_OF_PRESETS = tuple(name for name in ORDER if any(name in values for values in PRESETS.values()))
+# A rule's own parameters go with the rule.
+_OF_PRESETS = tuple(
+    name for name in ORDER if name == "parameters" or any(name in values for values in PRESETS.values())
+)
 
 
 @dataclass(frozen=True)

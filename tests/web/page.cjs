@@ -92,16 +92,19 @@ async function look(page) {
     seen.chosen = await read();
 
     const rule = control("strategy", "input");
-    const preset = async (name, becomes) => {
+    const preset = async (name, becomes, lean) => {
         await control("preset", "input").click();
         await text(`ul.options li[aria-label="${name}"]`).click();
-        const own = control("parameters", ":is(textarea, input)");
         return {
             rule: await until(() => rule.inputValue(), (now) => now === becomes),
-            parameters: await until(() => own.inputValue(), (now) => (now === "") === (becomes === "kl-cfg")),
+            balance: await until(async () => Number(await balance.inputValue()), (now) => now === lean),
         };
     };
-    seen.presets = [await preset("subject first", "sum-cfg"), await preset("default", "kl-cfg")];
+    seen.presets = [
+        await preset("paper", "kl", 0),
+        await preset("subject first", "kl-cfg", -0.4),
+        await preset("default", "kl-cfg", 0),
+    ];
     const choose = async (name, help) => {
         await rule.click();
         await text(`ul.options li[aria-label="${name}"]`).click();

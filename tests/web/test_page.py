@@ -106,8 +106,9 @@ def test_what_is_chosen_arrives_under_its_own_name(page_seen: Seen) -> None:
 
 def test_a_preset_chosen_fills_the_panel(page_seen: Seen) -> None:
     assert page_seen["presets"] == [
-        {"rule": "sum-cfg", "parameters": "subject=1.0, style=0.6, negative=0.33"},
-        {"rule": "kl-cfg", "parameters": ""},
+        {"rule": "kl", "balance": 0},
+        {"rule": "kl-cfg", "balance": -0.4},
+        {"rule": "kl-cfg", "balance": 0},
     ]
 
 

@@ -114,3 +114,18 @@ def flag(default: bool, help: str) -> Any:
 
 def text(default: str, help: str, choices: tuple[str, ...] | None = None) -> Any:
     return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
+
+
+# What the rules have in common that treat the two halves of classifier-free guidance unlike: (most, help).
+_OF_HALVES = {
+    "subject": (4.0, "How much of the subject is added."),
+    "style": (4.0, "How much of the style is added in the prompt's half."),
+    "negative": (2.0, "The share of that in the negative prompt's half; 1 makes no difference."),
+    "ceiling": (10.0, "Presses the style down where it is louder than this share of a layer's output; 0: nowhere."),
+}
+
+
+def of_halves(name: str, default: float) -> Any:
+    """One of their parameters."""
+    most, help = _OF_HALVES[name]
+    return number(default, 0.0, most, help)

@@ -14,7 +14,7 @@ from torch import Tensor
 from lib_dynfuse.core import devices
 from lib_dynfuse.core.divergence import Divergence, Workspace, cosine_distance, js_divergence, kl_pair
 from lib_dynfuse.core.moment import Moment
-from lib_dynfuse.core.rules import Features, Look, Pair, Rule, Selection, Strategy, flag, number
+from lib_dynfuse.core.rules import Features, Look, Pair, Rule, Selection, Strategy, flag, number, of_halves
 from lib_dynfuse.core.types import Row
 
 # Divergences below this are rounding; it keeps their logarithms finite.
@@ -148,12 +148,10 @@ class KLCfg(_PerItem):
     source: ClassVar[str] = "ours"
 
     loser: float = number(0.5, 0.0, 1.0, "What the role keeps that moves a layer's features less: 0 switches like kl.")
-    subject: float = number(1.1, 0.0, 4.0, "How much of the subject is added.")
-    style: float = number(1.4, 0.0, 4.0, "How much of the style is added in the prompt's half.")
-    negative: float = number(0.4, 0.0, 2.0, "The share of that in the negative prompt's half; 1 makes no difference.")
-    ceiling: float = number(
-        0.35, 0.0, 10.0, "Presses the style down where it is louder than this share of a layer's output; 0: nowhere."
-    )
+    subject: float = of_halves("subject", 1.1)
+    style: float = of_halves("style", 1.4)
+    negative: float = of_halves("negative", 0.4)
+    ceiling: float = of_halves("ceiling", 0.35)
 
     def choose(self, margin: Tensor) -> tuple[Tensor, Tensor]:
         subject = (margin >= 0).to(margin.dtype)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lib_dynfuse.core.delta import Delta
 from lib_dynfuse.core.moment import Moment
-from lib_dynfuse.core.rules import Look, Pair, Rule, Selection, Strategy, flag, number, text
+from lib_dynfuse.core.rules import Look, Pair, Rule, Selection, Strategy, flag, number, of_halves, text
 from lib_dynfuse.core.types import Row
 
 BOTH = Selection(1.0, 1.0)
@@ -65,12 +65,10 @@ class SumCfg(Strategy):
     help: ClassVar[str] = "Adds both, the style less in the negative prompt's half, so that CFG brings it out."
     source: ClassVar[str] = "ours"
 
-    subject: float = number(1.2, 0.0, 4.0, "How much of the subject is added.")
-    style: float = number(0.8, 0.0, 4.0, "How much of the style is added in the prompt's half.")
-    negative: float = number(0.5, 0.0, 2.0, "The share of that in the negative prompt's half; 1 makes no difference.")
-    ceiling: float = number(
-        0.0, 0.0, 10.0, "Presses the style down where it is louder than this share of a layer's output; 0: nowhere."
-    )
+    subject: float = of_halves("subject", 1.2)
+    style: float = of_halves("style", 0.8)
+    negative: float = of_halves("negative", 0.5)
+    ceiling: float = of_halves("ceiling", 0.0)
 
     def start(self, pairs: Sequence[Pair]) -> Rule:
         return _Halves(self.subject, self.style, self.style * self.negative)

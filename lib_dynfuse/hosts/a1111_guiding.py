@@ -145,13 +145,23 @@ def _as_given(denoiser: Any, sigma: Tensor, change: Tensor) -> Tensor:
 
 def _sigmas(denoiser: Any, total: int) -> list[float]:
     """The noise of a sampling's steps, and 0 behind: once per sampling, as it is read from the device."""
-    sampler, alphas = denoiser.sampler, getattr(denoiser, "alphas", None)
+    sampler, alphas, steps = denoiser.sampler, getattr(denoiser, "alphas", None), _steps(denoiser.p)
     if alphas is None:
-        found: list[float] = sampler.get_sigmas(denoiser.p, denoiser.p.steps).tolist()
+        found: list[float] = sampler.get_sigmas(denoiser.p, steps).tolist()
         return found[-(total + 1) :]
-    times = sampler.get_timesteps(denoiser.p, denoiser.p.steps).flip(0)[-total:]
+    times = sampler.get_timesteps(denoiser.p, steps).flip(0)[-total:]
     a = alphas[times]
     return [*((1 - a) / a).sqrt().tolist(), 0.0]
+
+
+def _steps(p: Any) -> int:
+    """How many steps the whole way from noise would have, of which img2img and a hires pass take the last ones."""
+    hires = getattr(p, "is_hr_pass", False)
+    if not hires and not getattr(p, "init_images", None):
+        return int(p.steps)
+    from modules.sd_samplers_common import setup_img2img_steps
+
+    return int(setup_img2img_steps(p, (p.hr_second_pass_steps or p.steps) if hires else None)[0])
 
 
 def _vae() -> Decoder:

@@ -205,6 +205,37 @@ def test_a1111_knows_how_much_of_a_step_the_prediction_is(shared: Any) -> None:
     assert guide.remaining == [0.5, 0.5, 0.5, 1.0]
 
 
+@pytest.mark.parametrize(
+    ("p", "steps"),
+    [
+        ({"is_hr_pass": True, "hr_second_pass_steps": 3, "denoising_strength": 0.5}, 6),
+        ({"is_hr_pass": True, "hr_second_pass_steps": 0, "denoising_strength": 0.5}, 8),
+        ({"init_images": ["a picture"], "denoising_strength": 0.5}, 4),
+        ({}, 4),
+    ],
+)
+def test_a1111_knows_the_noise_of_a_pass_that_begins_half_way(
+    shared: Any, monkeypatch: pytest.MonkeyPatch, p: dict[str, Any], steps: int
+) -> None:
+    def setup_img2img_steps(p: Any, steps: int | None = None) -> tuple[int, int]:
+        """As the host has it, unless it is told to do exactly the steps that are asked for."""
+        if steps is None:
+            return p.steps, int(p.denoising_strength * p.steps)
+        return int(steps / p.denoising_strength), steps - 1
+
+    common: Any = ModuleType("modules.sd_samplers_common")
+    common.setup_img2img_steps = setup_img2img_steps
+    monkeypatch.setitem(sys.modules, "modules.sd_samplers_common", common)
+    denoiser, guide, asked = Denoiser([1]), Recorder(), []
+    vars(denoiser.p).update(p)
+    known = denoiser.sampler.get_sigmas
+    denoiser.sampler.get_sigmas = lambda p, steps: (asked.append(steps), known(p, steps))[1]
+    one = Automatic1111Guiding()
+    one.begin(True)
+    denoiser.call(latents(1), 8.0, one, guide, through_unet=True)
+    assert asked == [steps]
+
+
 class Patcher:
     """Forge's, as far as a function behind CFG goes; a clone has its functions in a list of its own."""
 

@@ -153,3 +153,12 @@ def test_the_way_through_the_unet_works_or_is_said_to_be_impossible(webui: WebUI
         assert 0 not in nudged_steps(webui)  # the host's first call writes into the weights
         assert "not nudged" not in nudged.infotexts[0]
     assert apart(webui.generate("a cat"), plain) == 0
+
+
+def test_the_way_through_the_unet_goes_on_in_a_hires_pass(webui: WebUI) -> None:
+    settings = {**HIRES, "hr_second_pass_steps": 3}
+    fused = webui.generate(webui.prompt(), KL, **settings)
+    nudged = webui.generate(webui.prompt(), {**NUDGED, "nudge_mode": "xt"}, **settings)
+    assert apart(nudged, fused) > 0
+    assert "not nudged" not in nudged.infotexts[0] or "xt cannot be used" in nudged.infotexts[0]
+    assert {4, 5, 6} <= set(nudged_steps(webui))

@@ -42,11 +42,12 @@ def guidance(
     settings: Mapping[str, Any],
     models: Path,
     say: Callable[[str], None],
+    progress: bool = True,
 ) -> Guidance | None:
     """What nudges and scores the pictures of these seeds; None where the options want neither, or nothing is left.
 
     `model`: where the host's model came from; `settings`: what `Embedded.generate` is given; `models`: where encoders
-    are looked for first. May make pictures. What is missing is said.
+    are looked for first. May make pictures, with a bar where `progress` is wished. What is missing is said.
     """
     if not options.compares:
         return None
@@ -55,7 +56,7 @@ def guidance(
     def references(role: Role) -> Pictures | Each | None:
         given = options.subject_references if role is Role.SUBJECT else options.style_references
         tags = [tag for tag in text.tags if tag.role is role]
-        alone = _Alone(host, model, role, text.tags, seeds, settings) if tags else None
+        alone = _Alone(host, model, role, text.tags, seeds, settings, progress) if tags else None
         found, source = collect(options.references, given, _preview(host.lora_dir, tags), alone)
         if source:
             say(f"pictures of the {role.value} to compare with: {source}")
@@ -82,8 +83,10 @@ class _Alone:
         tags: Sequence[LoraTag],
         seeds: Sequence[int],
         settings: Mapping[str, Any],
+        progress: bool,
     ) -> None:
         self._host = host
+        self._progress = progress
         self._seeds = list(seeds)
         self._settings = dict(settings)
         for tag in tags:
@@ -105,7 +108,7 @@ class _Alone:
                     **self._settings,
                     options=Options(enabled=False),
                     seeds=list(missing.values()),
-                    progress=True,
+                    progress=self._progress,
                     tensors=True,
                 )
             finally:

@@ -84,6 +84,8 @@ METHODS: tuple[Method, ...] = (
     _rule("kl", "kl"),
     _rule("kl balanced", "kl", balanced=True),
     _rule("kl-soft", "kl-soft"),
+    # Whatever it is: what a person gets who only ticks the panel.
+    Method("default", options=Options(enabled=True)),
 )
 # Nudged towards the pictures of "subject alone" and "style alone" of the same seeds. Alone: both LoRAs are added, as
 # without this extension.

@@ -53,7 +53,9 @@ class Job(NamedTuple):
         if options.nudge:
             options = options.model_copy(update=encoders)
             said: list[str] = []
-            guidance = compared.guidance(host, model, options, self.seeds, settings, models, said.append)
+            guidance = compared.guidance(
+                host, model, options, self.seeds, settings, models, said.append, progress=False
+            )
             if guidance is None or guidance.nudge is None:
                 raise DynFuseError(f"the method {self.method.label}: {said[-1] if said else 'there are no nudges'}")
             decoder = host.decoder(options.nudge_decoder, models)

@@ -82,7 +82,7 @@ def test_each_column_has_its_loras_and_roles_only_where_a_rule_needs_them() -> N
     assert prompts["subject alone"].endswith("style <lora:subject-hot-beverage:1>")
     assert prompts["style alone"].endswith("style <lora:style-blob:1>")
     both = " <lora:subject-hot-beverage:1:role=subject> <lora:style-blob:1:role=style>"
-    for label in ("sum", "random", "klora", "np", "kl", "kl balanced", "kl-soft"):
+    for label in ("sum", "random", "klora", "np", "kl", "kl balanced", "kl-soft", "default"):
         assert prompts[label] == prompts["base"] + both
 
 
@@ -92,7 +92,9 @@ def test_the_columns_are_the_rules_they_are_named_after() -> None:
     assert not rules["kl"].auto_balance
     assert rules["kl balanced"].auto_balance
     assert rules["kl balanced"].strategy == "kl"
-    assert all(options.strategy == label for label, options in rules.items() if label != "kl balanced")
+    assert rules["default"] == Options(enabled=True)
+    named = {label: options for label, options in rules.items() if label not in ("kl balanced", "default")}
+    assert all(options.strategy == label for label, options in named.items())
 
 
 def test_pictures_are_judged_for_the_pairs_own_subject_and_style() -> None:

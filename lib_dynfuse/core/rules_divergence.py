@@ -143,7 +143,8 @@ class KLCfg(_PerItem):
 
     name: ClassVar[str] = "kl-cfg"
     help: ClassVar[str] = (
-        "Adds both, half of what kl would drop, a style pressed down where loud, less in the negative half."
+        "Adds both, less of the one that kl would drop; presses a loud style down, and gives the negative prompt's "
+        "half less of it."
     )
     source: ClassVar[str] = "ours"
 

@@ -161,4 +161,4 @@ def test_the_way_through_the_unet_goes_on_in_a_hires_pass(webui: WebUI) -> None:
     nudged = webui.generate(webui.prompt(), {**NUDGED, "nudge_mode": "xt"}, **settings)
     assert apart(nudged, fused) > 0
     assert "not nudged" not in nudged.infotexts[0] or "xt cannot be used" in nudged.infotexts[0]
-    assert {4, 5, 6} <= set(nudged_steps(webui))
+    assert {5, 6} <= set(nudged_steps(webui))  # a pass's first call writes into the weights

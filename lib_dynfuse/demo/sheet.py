@@ -44,7 +44,7 @@ _INK, _FAINT = "#222222", "#666666"
 def demo(
     out: Path,
     *,
-    seeds: int = 24,
+    seeds: int = 22,
     pairs: Sequence[Pair] = PAIRS,
     steps: int = 12,
     cfg: float = 3.0,

@@ -46,7 +46,7 @@ def main(
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="The folder for sheets, heat maps and tables.")] = Path("out/demo"),
-    seeds: Annotated[int, typer.Option(min=1, max=1000, help="Pictures for every method and pair.")] = 22,
+    seeds: Annotated[int, typer.Option(min=1, max=1000, help="Pictures for every method and pair.")] = 18,
     steps: Annotated[int, typer.Option(min=1, max=1000, help="Denoising steps.")] = 12,
 ) -> None:
     """Compare the fusion rules on the small trained model in the box."""

@@ -31,7 +31,7 @@ _DRAWN = ("kl", "kl-soft")  # rules whose choices are worth a picture: they look
 _TRUE = "true picture"
 # Beside guided methods, which cost their time, so that the whole stays a matter of three minutes: fewer seeds for
 # those, and for the controls, which are nearly always all right or all wrong.
-_GUIDED_SEEDS, _CONTROL_SEEDS = 4, 6
+_GUIDED_SEEDS, _CONTROL_SEEDS = 3, 5
 _CONTROLS = ("base", "subject alone", "style alone", "random", "klora")
 _SHOWN = 6  # seeds on a sheet; more are judged
 _CELL = 96  # pixels a picture
@@ -44,7 +44,7 @@ _INK, _FAINT = "#222222", "#666666"
 def demo(
     out: Path,
     *,
-    seeds: int = 22,
+    seeds: int = 18,
     pairs: Sequence[Pair] = PAIRS,
     steps: int = 12,
     cfg: float = 3.0,

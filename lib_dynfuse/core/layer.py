@@ -70,9 +70,7 @@ class Layer:
 # the divergence (four times that) and two pairs of half-precision deltas stay below 64 MiB.
 _STRETCH = {"cpu": 1 << 19}
 _STRETCH_ELSEWHERE = 5 << 19
-
-
-# How many numbers are squared together.
+# How many numbers are squared together on a CPU.
 _SQUARES = 1 << 19
 
 
@@ -337,7 +335,7 @@ def _squares(tokens: Tensor, dim: int) -> Tensor:
     native = tokens.transpose(1, 2)
     found = torch.zeros(native.shape[0], native.shape[2], dtype=torch.float32, device=tokens.device)
     for part in native.split(max(1, _SQUARES // max(1, native[:, 0].numel())), 1):
-        found.add_(part.float().square_().sum(1) if part.dtype != torch.float32 else part.square().sum(1))
+        found.add_(part.float().square().sum(1))
     return found
 
 

@@ -27,11 +27,11 @@ ENCODERS = {"clip": "clip", "dino": "dino", "nudge_decoder": "vae"}
 
 @dataclass(frozen=True)
 class Boxed:
-    """Opens the box; travels to the worker processes. `loras`: where the fresh subjects' LoRAs are."""
+    """Opens the box; travels to the worker processes. `loras`: the folder of its LoRAs, or the fresh subjects'."""
 
     steps: int
     cfg: float
-    loras: Path = BOX / "loras"
+    loras: Path
 
     def __call__(self) -> BoxedMaker:
         return BoxedMaker(self.steps, self.cfg, self.loras)
@@ -41,7 +41,7 @@ class BoxedMaker:
     """Makes pictures with the boxed model. Subject, style and both are 1 where they are judged right, else 0; distance
     is the root mean square over pixels and channels, which go from 0 to 1."""
 
-    def __init__(self, steps: int, cfg: float, loras: Path = BOX / "loras") -> None:
+    def __init__(self, steps: int, cfg: float, loras: Path) -> None:
         self._settings: dict[str, Any] = {"steps": steps, "cfg": cfg}
         quiet_libraries()
         # A model this small loses more to threads that wait for each other than it gains.

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lib_dynfuse.core import kernels
 from lib_dynfuse.core.delta import Delta
 from lib_dynfuse.core.layer import Layer, Part
+from lib_dynfuse.core.loudness import Loudness
 from lib_dynfuse.core.moment import Moment
 from lib_dynfuse.core.parts import Stretch, stretches
 from lib_dynfuse.core.rules import Pair, Rule, Strategy, Weight
@@ -69,6 +70,7 @@ class Fusion:
             for index, (name, (module, deltas)) in enumerate(layers.items())
         ]
         self._rule: Rule = strategy.start(self._pairs)
+        self._loudness = Loudness.of(strategy.limits)
         self.paused = False
         """Whether forward passes are left alone, as a host's own ones between those that are fused."""
         self._rows: tuple[Row, ...] | None = None
@@ -193,8 +195,8 @@ class Fusion:
         inside = self._window[0] <= moment.progress <= self._window[1]
         if not inside and part.outside is not None:
             part = part.outside
-        ceiling = self.strategy.style_ceiling if inside and part.index is not None else 0.0
-        work = part.at_work(module, x, y, len(moment.rows), ceiling)
+        loudness = self._loudness if inside and part.index is not None else None
+        work = part.at_work(module, x, y, len(moment.rows), loudness)
         if part.index is None:
             work.add(BOTH)
             return
@@ -218,6 +220,8 @@ class Fusion:
             self._moment = Moment(self._step, self._progress, rows, x.device)
         self._fired = {index}
         self._rule.begin(self._moment)
+        if self._loudness is not None:
+            self._loudness.begin(self._moment)
         if self._trace is not None and self._pairs:
             self._trace.begin(self._step, self._progress, rows)
         return self._moment

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lib_dynfuse.core import devices, kernels
 from lib_dynfuse.core.delta import Delta
+from lib_dynfuse.core.loudness import Loudness
 from lib_dynfuse.core.packed import Packed, Product, add_product, as_tokens
 from lib_dynfuse.core.rules import Features, Selection
 
@@ -37,7 +38,7 @@ class Part:
     def nbytes(self) -> int:
         return self.packed.nbytes if self.packed is not None else sum(delta.nbytes for delta in self.deltas)
 
-    def at_work(self, module: nn.Module, x: Tensor, y: Tensor, rows: int, ceiling: float = 0.0) -> Work:
+    def at_work(self, module: nn.Module, x: Tensor, y: Tensor, rows: int, loudness: Loudness | None = None) -> Work:
         channel_dim = self.deltas[0].channel_dim
         if self.start or self.stop is not None:
             channels = y.shape[channel_dim]
@@ -48,8 +49,8 @@ class Part:
         for delta in self.deltas:
             delta.check(x, y)
         if self.packed is not None:
-            return PackedWork(self.packed, x, y, channel_dim, rows, ceiling)
-        return PlainWork(self, module, x, y, channel_dim, rows, ceiling)
+            return PackedWork(self.packed, x, y, channel_dim, rows, loudness)
+        return PlainWork(self, module, x, y, channel_dim, rows, loudness)
 
 
 @dataclass
@@ -79,11 +80,11 @@ class Work:
 
     The batch has `rows` rows, each of one batch item or of several tiles that follow one another. Everything is
     computed in the memory order of the layer's output: channels last for a Linear, first for most convolutions.
-    `ceiling`: the strategy's for the style.
+    `loudness` holds both deltas within the strategy's limits.
     """
 
-    def __init__(self, x: Tensor, y: Tensor, channel_dim: int, rows: int, ceiling: float) -> None:
-        self.ceiling = ceiling
+    def __init__(self, x: Tensor, y: Tensor, channel_dim: int, rows: int, loudness: Loudness | None) -> None:
+        self.loudness = loudness
         self.x = x if x.dtype == y.dtype else x.to(y.dtype)
         self.tokens = as_tokens(y, channel_dim)
         self.rows = rows
@@ -98,16 +99,6 @@ class Work:
     def add(self, selection: Selection) -> None:
         """Adds what the selection gives each role; its tensors are [rows] or [rows, T]."""
         raise NotImplementedError
-
-    @torch.no_grad()
-    def _pressed(self, squares: Tensor) -> Tensor:
-        """What the style is multiplied by to stay below the ceiling, [B, T, 1], a constant to autograd.
-
-        squares: of its length at every token, [B, T] float32. Called before anything is added.
-        """
-        # No length of a base output is zero but where there is nothing to see.
-        below = _squares(self.tokens, self.dim).mul_(self.ceiling**2).clamp_min_(1e-20)
-        return squares.div(below).add_(1.0).rsqrt_().unsqueeze(-1)
 
     def _places(self, sampled: int) -> Tensor | None:
         """Which of the T tokens are looked at, None for all of them."""
@@ -155,8 +146,10 @@ class Work:
 class PackedWork(Work):
     """Low-rank deltas: neither of them is ever made as a whole."""
 
-    def __init__(self, packed: Packed, x: Tensor, y: Tensor, channel_dim: int, rows: int, ceiling: float) -> None:
-        super().__init__(x, y, channel_dim, rows, ceiling)
+    def __init__(
+        self, packed: Packed, x: Tensor, y: Tensor, channel_dim: int, rows: int, loudness: Loudness | None
+    ) -> None:
+        super().__init__(x, y, channel_dim, rows, loudness)
         packed.ready(self.x)
         self._packed = packed
         self._hidden: Tensor | None = None
@@ -164,25 +157,33 @@ class PackedWork(Work):
     def _both_hidden(self) -> Tensor:
         if self._hidden is None:
             self._hidden = self._packed.hidden(self.x)
-            if self.ceiling:
-                self._hidden = self._with_style_pressed(self._hidden)
+            if self.loudness is not None:
+                self._hidden = self._held(self._hidden, self.loudness)
         return self._hidden
 
-    def _with_style_pressed(self, hidden: Tensor) -> Tensor:
+    def _held(self, hidden: Tensor, loudness: Loudness) -> Tensor:
+        """Both roles' hidden products within the limits. Called before anything is added to the output."""
         packed = self._packed
-        style = hidden[..., packed.columns(1)]
-        # |h B^T|^2 = h (B^T B) h^T: the delta itself need not be made.
-        wide = style.detach().float()
-        pressed = self._pressed((wide @ packed.gram(1)).mul_(wide).sum(-1).clamp_min_(0.0))
+
+        def squares(role: int) -> Tensor:
+            # |h B^T|^2 = h (B^T B) h^T: the delta itself need not be made.
+            wide = hidden.detach()[..., packed.columns(role)].float()
+            return (wide @ packed.gram(role)).mul_(wide).sum(-1).clamp_min_(0.0)
+
+        factors = loudness.factors(squares(0), squares(1), _squares(self.tokens, self.dim))
         if hidden.requires_grad:
-            return torch.cat([hidden[..., packed.columns(0)], style * pressed.to(style.dtype)], -1)
-        style.mul_(pressed)
+            parts = (hidden[..., packed.columns(role)] for role in (0, 1))
+            held = (part if by is None else part * by.to(part.dtype) for part, by in zip(parts, factors, strict=True))
+            return torch.cat(list(held), -1)
+        for role, by in enumerate(factors):
+            if by is not None:
+                hidden[..., packed.columns(role)].mul_(by)
         return hidden
 
     def look(self, sampled: int, rows: tuple[int, ...] | None = None, both: bool = False) -> Iterator[Features]:
         packed, items = self._packed, self._items(rows)
         # What is not looked at need not be multiplied yet, where it may turn out that one role alone is wanted.
-        early = self._winners_only and not both and not self.ceiling
+        early = self._winners_only and not both and self.loudness is None
         y = self.tokens[items]
         index = self._places(sampled)
         if kernels.usable(self.tokens):
@@ -242,8 +243,8 @@ class PackedWork(Work):
         else:
             for role, weight in enumerate((subject, style)):
                 if weight:
-                    pressed = self.ceiling > 0
-                    hidden = self._both_hidden()[..., packed.columns(role)] if pressed else packed.hidden(self.x, role)
+                    held = self.loudness is not None
+                    hidden = self._both_hidden()[..., packed.columns(role)] if held else packed.hidden(self.x, role)
                     packed.add(self.tokens, hidden, role, float(weight))
 
     def _add_by_kernels(self, subject: Tensor, style: Tensor) -> bool:
@@ -282,26 +283,41 @@ class PlainWork(Work):
     """Deltas of any kind, each computed by itself."""
 
     def __init__(
-        self, part: Part, module: nn.Module, x: Tensor, y: Tensor, channel_dim: int, rows: int, ceiling: float
+        self,
+        part: Part,
+        module: nn.Module,
+        x: Tensor,
+        y: Tensor,
+        channel_dim: int,
+        rows: int,
+        loudness: Loudness | None,
     ) -> None:
-        super().__init__(x, y, channel_dim, rows, ceiling)
+        super().__init__(x, y, channel_dim, rows, loudness)
         self._deltas = part.deltas
         self._base = _without_bias(module, part, y) if any(delta.needs_base for delta in part.deltas) else y
         self._channel_dim = channel_dim
         self._computed: list[Tensor | None] = [None] * len(part.deltas)
 
     def _delta(self, role: int) -> Tensor:
-        """A role's delta [B, T, C], computed once."""
+        """A role's delta [B, T, C], computed once and within the limits."""
         found = self._computed[role]
         if found is None:
-            found = self._deltas[role](self.x, self._base)
-            if found.stride() != self._base.stride():
-                found = torch.empty_like(self._base).copy_(found)
-            found = as_tokens(found, self._channel_dim)
-            if role == 1 and self.ceiling:
-                found = found * self._pressed(_squares(found, self.dim)).to(found.dtype)
-            self._computed[role] = found
+            found = self._computed[role] = self._alone(role)
+            if self.loudness is not None:
+                both = [one if one is not None else self._alone(k) for k, one in enumerate(self._computed)]
+                subject, style, base = (_squares(one.detach(), self.dim) for one in (*both, self.tokens))
+                factors = self.loudness.factors(subject, style, base)
+                self._computed = [
+                    one if by is None else one * by.to(one.dtype) for one, by in zip(both, factors, strict=True)
+                ]
+                return self._delta(role)
         return found
+
+    def _alone(self, role: int) -> Tensor:
+        found = self._deltas[role](self.x, self._base)
+        if found.stride() != self._base.stride():
+            found = torch.empty_like(self._base).copy_(found)
+        return as_tokens(found, self._channel_dim)
 
     def look(self, sampled: int, rows: tuple[int, ...] | None = None, both: bool = False) -> Iterator[Features]:
         items = self._items(rows)
@@ -318,8 +334,8 @@ class PlainWork(Work):
     def add(self, selection: Selection) -> None:
         target = self._native(self.tokens)
         weights = (selection.subject, selection.style)[: len(self._deltas)]
-        if self.ceiling:
-            self._delta(1)  # is measured against the output as it still is
+        if self.loudness is not None:
+            self._delta(0)  # is measured against the output as it still is
         for role, weight in enumerate(weights):
             if isinstance(weight, Tensor):
                 target.add_(_weighted(self._native(self._delta(role)), self._native(self._column(weight))))
@@ -330,7 +346,8 @@ class PlainWork(Work):
 def _squares(tokens: Tensor, dim: int) -> Tensor:
     """The squared length of every token of [B, T, C], [B, T] float32."""
     if dim == -1 or not devices.readable(tokens.device):
-        return torch.linalg.vector_norm(tokens, dim=-1, dtype=torch.float32).square_()
+        wide = tokens.float() if tokens.dtype == torch.float64 else tokens
+        return torch.linalg.vector_norm(wide, dim=-1, dtype=torch.float32).square_()
     # A channel's neighbours lie far apart in memory; a CPU is faster at adding up whole channels, some at a time.
     native = tokens.transpose(1, 2)
     found = torch.zeros(native.shape[0], native.shape[2], dtype=torch.float32, device=tokens.device)

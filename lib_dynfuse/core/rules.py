@@ -11,6 +11,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 from torch import Tensor
 
 from lib_dynfuse.core.delta import Delta
+from lib_dynfuse.core.loudness import Limits
 from lib_dynfuse.core.moment import Moment
 from lib_dynfuse.core.packed import Product
 
@@ -88,11 +89,9 @@ class Strategy(ABC):
     source: ClassVar[str]
 
     @property
-    def style_ceiling(self) -> float:
-        """Where it is not 0, the style is pressed down where it is loud, before anything is decided: with q = |d_t| /
-        |y0| of a token, d_t is divided by sqrt(1 + (q / ceiling)^2). So it is what it was where it is weak, and nowhere
-        beyond `ceiling` times |y0|."""
-        return 0.0
+    def limits(self) -> Limits:
+        """How loud both networks may be, before anything is decided."""
+        return Limits()
 
     def prepare(self, pair: Pair) -> Pair:
         """A chance to change the deltas once, before the first forward pass."""
@@ -122,6 +121,8 @@ _OF_HALVES = {
     "style": (4.0, "How much of the style is added in the prompt's half."),
     "negative": (2.0, "The share of that in the negative prompt's half; 1 makes no difference."),
     "ceiling": (10.0, "Presses the style down where it is louder than this share of a layer's output; 0: nowhere."),
+    "subject_level": (10.0, "The share of a layer's output that the subject is brought to on average; 0: as it is."),
+    "style_level": (10.0, "The share of a layer's output that the style is brought to on average; 0: as it is."),
 }
 
 
@@ -129,3 +130,8 @@ def of_halves(name: str, default: float) -> Any:
     """One of their parameters."""
     most, help = _OF_HALVES[name]
     return number(default, 0.0, most, help)
+
+
+def lift(default: float) -> Any:
+    """How far they turn a network up towards its level."""
+    return number(default, 1.0, 4.0, "How many times louder a network is made at most to reach its level.")

@@ -13,8 +13,10 @@ from torch import Tensor
 
 from lib_dynfuse.core import devices
 from lib_dynfuse.core.divergence import Divergence, Workspace, cosine_distance, js_divergence, kl_pair
+from lib_dynfuse.core.loudness import Limits
 from lib_dynfuse.core.moment import Moment
-from lib_dynfuse.core.rules import Features, Look, Pair, Rule, Selection, Strategy, flag, number, of_halves
+from lib_dynfuse.core.rules import Features, Look, Pair, Rule, Selection, Strategy, flag, lift, number, of_halves
+from lib_dynfuse.core.running import RunningMeans
 from lib_dynfuse.core.types import Row
 
 # Divergences below this are rounding; it keeps their logarithms finite.
@@ -134,17 +136,19 @@ class KLToken(DivergenceStrategy):
 
 @dataclass(frozen=True)
 class KLCfg(_PerItem):
-    """y0 + a w_s d_s + b w_t p d_t, w = 1 for the winner of `kl` and `loser` for the other one.
+    """y0 + a w_s g_s d_s + b w_t p g_t d_t, w = 1 for the winner of `kl` and `loser` for the other one.
 
-    p = 1 / sqrt(1 + (|d_t| / (ceiling |y0|))^2) for every token: a style that is louder than the layer itself covers
-    the subject, however it was trained. In the negative prompt's half b is smaller, as in `sum-cfg`: guidance goes from
-    that half's prediction towards the prompt's and brings out what only the latter has.
+    g = min(lift, level / m), m the geometric mean over the layers so far of |d| / |y0|: one LoRA is ten times
+    louder than another at the same strength, and fusion should not hang on that. p = 1 / sqrt(1 + (|g_t d_t| /
+    (ceiling |y0|))^2) for every token: a style that is louder than the layer itself covers the subject. In the negative
+    prompt's half b is smaller, as in `sum-cfg`: guidance goes from that half's prediction towards the prompt's and
+    brings out what only the latter has.
     """
 
     name: ClassVar[str] = "kl-cfg"
     help: ClassVar[str] = (
-        "Adds both, less of the one that kl would drop; presses a loud style down, and gives the negative prompt's "
-        "half less of it."
+        "Adds both, less of the one that kl would drop; brings each to a loudness of its own, whatever its strength, "
+        "presses a loud style down, and gives the negative prompt's half less of it."
     )
     source: ClassVar[str] = "ours"
 
@@ -153,6 +157,9 @@ class KLCfg(_PerItem):
     style: float = of_halves("style", 1.4)
     negative: float = of_halves("negative", 0.4)
     ceiling: float = of_halves("ceiling", 0.35)
+    subject_level: float = of_halves("subject_level", 0.1)
+    style_level: float = of_halves("style_level", 0.28)
+    lift: float = lift(2.0)
 
     def choose(self, margin: Tensor) -> tuple[Tensor, Tensor]:
         subject = (margin >= 0).to(margin.dtype)
@@ -168,8 +175,8 @@ class KLCfg(_PerItem):
         return self.negative
 
     @property
-    def style_ceiling(self) -> float:
-        return self.ceiling
+    def limits(self) -> Limits:
+        return Limits(self.subject_level, self.style_level, self.lift, self.ceiling)
 
 
 @dataclass(frozen=True)
@@ -211,11 +218,10 @@ class _DivergenceRule(Rule):
     def __init__(self, strategy: DivergenceStrategy, pairs: Sequence[Pair]) -> None:
         self._strategy = strategy
         self._work = Workspace()
-        self._layers = len(pairs)
-        self._prior = _log_energy_ratio(pairs) if strategy.auto_balance else 0.0
-        self._scales: dict[tuple[int, bool], Tensor] = {}
-        self._rows: tuple[Row, ...] = ()
-        self._scale = torch.empty(0, 2)
+        # The mean log ratio starts from what the networks' weights alone would predict, counted as one forward pass's
+        # decisions, so that the first layers are not judged against themselves.
+        prior = _log_energy_ratio(pairs) if strategy.auto_balance else 0.0
+        self._usual = RunningMeans([prior], len(pairs))
         # For `decide_every`: a layer's last selection for a batch, and the step it was made in.
         self._kept: dict[tuple[int, tuple[Row, ...]], tuple[int, Selection]] = {}
         # For `couple_cfg` where a host runs the halves apart: a layer's last margin for a picture's cond half.
@@ -232,8 +238,8 @@ class _DivergenceRule(Rule):
         lean = self._strategy.balance - self._strategy.schedule * (1 - 2 * moment.progress)
         self._bias = _log_odds(max(-1.0, min(1.0, lean)))
         judged = tuple(moment.rows[row] for row in moment.deciders) if self._strategy.couple_cfg else moment.rows
-        if self._strategy.auto_balance and judged != self._rows:
-            self._change_rows(judged, moment.device)
+        if self._strategy.auto_balance:
+            self._usual.lay_out(judged, moment.device)
 
     def select(self, layer: int, moment: Moment, look: Look) -> Selection:
         strategy = self._strategy
@@ -254,7 +260,9 @@ class _DivergenceRule(Rule):
         ratio = _log_ratio(per_item)
         margin = _log_ratio(per_token) if strategy.per_token else ratio
         if strategy.auto_balance:
-            offset = self._running_mean(ratio, per_item.amin(0) > _FLOOR)
+            # A layer on which one role is silent says nothing of how loud the two are and is left out.
+            heard = per_item.amin(0) > _FLOOR
+            offset = self._usual.update(ratio.unsqueeze(1), heard.unsqueeze(1)).squeeze(1)
             margin = margin - (offset.unsqueeze(1) if strategy.per_token else offset)
         if self._bias:
             margin = margin + self._bias
@@ -289,28 +297,6 @@ class _DivergenceRule(Rule):
             if cond is not None and cond.shape == rows[index].shape:
                 rows[index] = cond
         return torch.stack(rows)
-
-    def _change_rows(self, rows: tuple[Row, ...], device: torch.device) -> None:
-        """Puts the old rows' scales away and lays out those of the new ones, [B, 2]: (mean log ratio, decisions)."""
-        for index, row in enumerate(self._rows):
-            self._scales[row.image, row.cond] = self._scale[index]
-        self._rows = rows
-        # Changed in place from now on, in the host's inference mode and out of it.
-        with torch.inference_mode(False):
-            start = torch.tensor([self._prior, float(self._layers)]).to(device, non_blocking=True)
-            self._scale = torch.stack([self._scales.get((row.image, row.cond), start) for row in rows])
-
-    def _running_mean(self, ratio: Tensor, heard: Tensor) -> Tensor:
-        """The mean log ratio [B] of each row's own picture and half so far, this decision included.
-
-        It starts from what the networks' weights alone would predict, counted as one forward pass's decisions, so that
-        the first layers are not judged against themselves. A layer on which one role is silent (not `heard` [B]) says
-        nothing of how loud the two are and is left out. Rows never see one another.
-        """
-        mean, count = self._scale.unbind(1)
-        count += heard
-        mean += torch.where(heard, ratio - mean, 0.0) / count
-        return mean
 
 
 def _means(per_token: Tensor) -> Tensor:

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from lib_dynfuse.core.delta import Delta
+from lib_dynfuse.core.loudness import Limits
 from lib_dynfuse.core.moment import Moment
-from lib_dynfuse.core.rules import Look, Pair, Rule, Selection, Strategy, flag, number, of_halves, text
+from lib_dynfuse.core.rules import Look, Pair, Rule, Selection, Strategy, flag, lift, number, of_halves, text
 from lib_dynfuse.core.types import Row
 
 BOTH = Selection(1.0, 1.0)
@@ -69,13 +70,16 @@ class SumCfg(Strategy):
     style: float = of_halves("style", 0.8)
     negative: float = of_halves("negative", 0.5)
     ceiling: float = of_halves("ceiling", 0.0)
+    subject_level: float = of_halves("subject_level", 0.0)
+    style_level: float = of_halves("style_level", 0.0)
+    lift: float = lift(1.0)
 
     def start(self, pairs: Sequence[Pair]) -> Rule:
         return _Halves(self.subject, self.style, self.style * self.negative)
 
     @property
-    def style_ceiling(self) -> float:
-        return self.ceiling
+    def limits(self) -> Limits:
+        return Limits(self.subject_level, self.style_level, self.lift, self.ceiling)
 
 
 class _Halves(Rule):

@@ -1,4 +1,4 @@
-"""LoRAs of the fresh subjects, on the model in the box: for a comparison whose rules were tuned on other subjects."""
+"""LoRAs of more subjects, on the model in the box: for a comparison whose rules were tuned on other ones."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def train(
     device: torch.device,
     bar: bool = True,
 ) -> None:
-    """Writes a LoRA for every fresh subject into `out`, and the boxed styles' beside them; files there are kept.
+    """Writes a LoRA for each of `MORE_SUBJECTS` into `out`, and the boxed styles' beside them; files there are kept.
 
     Text encoder, UNet and autoencoder are those of the box, whatever `preset` says of their sizes.
     """
@@ -37,7 +37,7 @@ def train(
         shutil.copyfile(file, out / file.name)
     pipe = StableDiffusionPipeline.from_pretrained(model.BOX, torch_dtype=torch.float32).to(device)
     tokenizer = model.tokenizer()
-    for seed, subject in enumerate(split.FRESH_SUBJECTS, start=100):
+    for seed, subject in enumerate(split.MORE_SUBJECTS, start=100):
         name = f"subject-{loras.file_name(subject)}"
         file = out / f"{name}.safetensors"
         if file.exists():

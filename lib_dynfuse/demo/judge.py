@@ -30,7 +30,7 @@ PIXELS = 64
 WIDTHS = (32, 64, 128, 192)
 HELD_OUT_SEED = 6
 SUBJECTS = (*split.BASE_SUBJECTS, *split.HELD_SUBJECTS)
-# Beside the judge: what it takes to tell the fresh subjects too.
+# Beside the judge: what it takes to tell the other subjects too.
 FRESH = "fresh.safetensors"
 
 
@@ -169,7 +169,7 @@ class Judge(nn.Module):
 
     @classmethod
     def load(cls, folder: Path = BOX, fresh: bool = False) -> Judge:
-        """The judge in a folder that `save` wrote, in float32 on the CPU; with `fresh` it also knows those subjects."""
+        """The judge in a folder that `save` wrote, in float32 on the CPU; `fresh`: it also knows `MORE_SUBJECTS`."""
         judge = cls(**json.loads((folder / "judge.json").read_text()))
         judge.load_state_dict(load_file(folder / "judge.safetensors"))
         if fresh:
@@ -178,7 +178,7 @@ class Judge(nn.Module):
             head.weight, head.bias = (
                 nn.Parameter(torch.cat([old, more[name].float()])) for name, old in head.named_parameters()
             )
-            judge.subjects = [*judge.subjects, *split.FRESH_SUBJECTS]
+            judge.subjects = [*judge.subjects, *split.MORE_SUBJECTS]
         return judge.float().eval()
 
 
@@ -314,8 +314,8 @@ def of_subjects(net: SubjectNet, pictures: Pictures, subjects: Sequence[str]) ->
 
 
 def save_fresh(net: SubjectNet, pictures: Pictures, folder: Path) -> None:
-    """Writes the fresh subjects' part of the head of a network that `train_subject` returned."""
-    head = of_subjects(net, pictures, split.FRESH_SUBJECTS).head
+    """Writes the part of `MORE_SUBJECTS` of the head of a network that `train_subject` returned."""
+    head = of_subjects(net, pictures, split.MORE_SUBJECTS).head
     folder.mkdir(parents=True, exist_ok=True)
     save_file({name: value.detach().half().contiguous() for name, value in head.named_parameters()}, folder / FRESH)
 

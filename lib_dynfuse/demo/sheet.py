@@ -124,7 +124,7 @@ def _do(job: tuple[Job, Alone | None], seeds: int, steps: int, cfg: float) -> Re
 
 def true_picture(pair: Pair) -> npt.NDArray[np.uint8]:
     """What the artists of the style drew for the subject: nothing was trained on it. Raises ValueError without one."""
-    with np.load(BOX / ("fresh.npz" if pair.subject in split.FRESH_SUBJECTS else "pictures.npz")) as file:
+    with np.load(BOX / ("fresh.npz" if pair.subject in split.MORE_SUBJECTS else "pictures.npz")) as file:
         subjects, styles = file["names"][file["subj"]], file["styles"][file["sty"]]
         found = np.flatnonzero((subjects == pair.subject) & (styles == pair.style))
         if not found.size:

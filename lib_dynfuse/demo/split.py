@@ -39,12 +39,22 @@ HELD_SUBJECTS = listed("""
     anchor, camera, butterfly, cherries, carrot, snowman, trophy, watermelon, hot beverage, elephant, old key
 """)
 
-# Kept back until every rule was tuned on the others: what is found there was not looked for.
-FRESH_SUBJECTS = listed("""
+# Fresh once: a rule that was tuned without them was reported on them, and later ones were tuned on them too.
+REPORTED_SUBJECTS = listed("""
     camel, turtle, scorpion, rhinoceros, crocodile, tomato, ice cream, cookie, taco, cocktail glass, factory,
     automobile, motor scooter, sun, tornado, crystal ball, video game, violin, trumpet, lipstick, bomb, closed book,
     moai, sunglasses
 """)
+
+# Kept back until every rule was tuned on the others: what is found there was not looked for.
+FRESH_SUBJECTS = listed("""
+    gorilla, rooster, dove, blowfish, squid, spiral shell, kiwi fruit, baguette bread, shortcake, candy, fountain,
+    roller coaster, ambulance, satellite, watch, carp streamer, bowling, boxing glove, microphone, flashlight, red
+    paper lantern, money bag, bow and arrow, shopping cart
+""")
+
+# Beside the held-out ones, whose LoRAs are in the box.
+MORE_SUBJECTS = (*REPORTED_SUBJECTS, *FRESH_SUBJECTS)
 
 BASE_SUBJECTS = listed("""
     monkey face, dog face, cat face, lion, unicorn, cow face, pig face, rabbit, koala, panda, bat, hatching chick,

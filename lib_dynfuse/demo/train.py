@@ -314,7 +314,7 @@ def train_loras(work: Work) -> None:
 
 
 def train_fresh(work: Work) -> None:
-    """The fresh subjects' LoRAs, on the model in the box: no other stage is needed."""
+    """The LoRAs of subjects that are not in the box, on the model in the box: no other stage is needed."""
     folders = work.out / "fresh", work.out / "checkpoints"
     fresh.train(*folders, work.pictures, work.preset, work.record, device=work.device, bar=work.bar)
 
@@ -325,7 +325,7 @@ def fill_box(work: Work) -> None:
     box.forget_unused_words(trained.text, box.every_caption(), work.tokenizer)
     box.pack(work.out / "model", work.autoencoder(), trained.text, trained.unet, work.tokenizer)
     box.save_pictures(work.out / "pictures.npz", work.pictures, split.HELD_SUBJECTS, split.STYLES)
-    box.save_pictures(work.out / "fresh.npz", work.pictures, split.FRESH_SUBJECTS, split.HELD_STYLES)
+    box.save_pictures(work.out / "fresh.npz", work.pictures, split.MORE_SUBJECTS, split.HELD_STYLES)
 
 
 def measure_all(work: Work) -> None:

@@ -14,7 +14,7 @@ from torch.nn.functional import interpolate
 from lib_dynfuse.demo.compare import Pair as DemoPair
 from lib_dynfuse.demo.judge import Judge
 from lib_dynfuse.demo.sheet import BOX, true_picture
-from lib_dynfuse.demo.split import FRESH_SUBJECTS, JUDGED_AS
+from lib_dynfuse.demo.split import JUDGED_AS, MORE_SUBJECTS
 from lib_dynfuse.evaluate.plan import Pair
 from lib_dynfuse.evaluate.runs import Job
 from lib_dynfuse.generate import quiet_libraries
@@ -27,7 +27,7 @@ ENCODERS = {"clip": "clip", "dino": "dino", "nudge_decoder": "vae"}
 
 @dataclass(frozen=True)
 class Boxed:
-    """Opens the box; travels to the worker processes. `loras`: the folder of its LoRAs, or the fresh subjects'."""
+    """Opens the box; travels to the worker processes. `loras`: the folder of its LoRAs, or of the other subjects'."""
 
     steps: int
     cfg: float
@@ -55,7 +55,7 @@ class BoxedMaker:
     def judge(self, pair: Pair, pictures: Tensor) -> Sequence[Mapping[str, float]]:
         assert pair.truth is not None, "a pair of the box"
         subject, style = pair.truth
-        judge = self._judges[subject in FRESH_SUBJECTS]
+        judge = self._judges[subject in MORE_SUBJECTS]
         subjects, styles = judge(pictures)
         right_subject = subjects == judge.subjects.index(subject)
         right_style = styles == judge.styles.index(JUDGED_AS[style])

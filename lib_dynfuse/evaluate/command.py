@@ -28,7 +28,7 @@ def evaluate(
     pairs: Annotated[
         str,
         typer.Option(
-            help="Of the box: tuning, reporting, all (both), fresh, or SUBJECT:STYLE with commas between. "
+            help="Of the box: tuning, reporting, all (both), reported, fresh, or SUBJECT:STYLE with commas between. "
             "Of your own model: a file with a JSON list of objects, each with subject and style (LoRA names), prompt, "
             "and lists of files: subject_pictures, style_pictures."
         ),
@@ -54,7 +54,9 @@ def evaluate(
     ] = None,
     lora_dir: Annotated[
         Path | None,
-        typer.Option(help="Where its LoRAs are, or the box's fresh subjects'.", rich_help_panel=_MODEL),
+        typer.Option(
+            help="Where its LoRAs are, or those that `train-demo --stage fresh` made.", rich_help_panel=_MODEL
+        ),
     ] = None,
     config: Annotated[
         Path | None,
@@ -121,7 +123,7 @@ def _box(wanted: str, lora_dir: Path | None, steps: int, cfg: float) -> _Bench:
             find_lora(folder, name)
         except DynFuseError as error:
             raise DynFuseError(
-                f"{error}; `train-demo --stage fresh` makes the fresh subjects', for --lora-dir"
+                f"{error}; `train-demo --stage fresh` makes those that are not in the box, for --lora-dir"
             ) from error
 
     notes = [

@@ -44,6 +44,11 @@ def of(label: str, **values: Any) -> Method:
 # Spelled out, so that a method means the same whatever the defaults are.
 _PLAIN = {"balance": 0.0, "auto_balance": False, "schedule": 0.0, "couple_cfg": False, "temperature": 1.0}
 _EVEN = {**_PLAIN, "auto_balance": True, "couple_cfg": True}
+# The default of the version before, which left both networks as loud as they were.
+_BEFORE = {
+    **{"loser": 0.5, "subject": 1.1, "style": 1.4, "negative": 0.4, "ceiling": 0.35},
+    **{"subject_level": 0.0, "style_level": 0.0},
+}
 
 METHODS: dict[str, Method] = {
     method.label: method
@@ -64,7 +69,7 @@ METHODS: dict[str, Method] = {
         of("kl balanced", strategy="kl", **_EVEN),
         of("sum-cfg", strategy="sum-cfg"),
         of("kl-cfg", strategy="kl-cfg", **_EVEN),
-        of("kl-cfg before", strategy="kl-cfg", **_EVEN, loser=0.7, subject=1.2, style=0.9, negative=0.5, ceiling=0),
+        of("kl-cfg before", strategy="kl-cfg", **_EVEN, **_BEFORE),
         of("paper", **{**_PLAIN, **PRESETS["paper"]}),
         of("kl-cfg + nudges", strategy="kl-cfg", nudge=True, **_EVEN),
     )

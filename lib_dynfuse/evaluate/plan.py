@@ -8,7 +8,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lib_dynfuse.demo.split import FRESH_SUBJECTS, HELD_STYLES, HELD_SUBJECTS, STYLE_WORDS, caption
+from lib_dynfuse.demo.split import (
+    FRESH_SUBJECTS,
+    HELD_STYLES,
+    HELD_SUBJECTS,
+    MORE_SUBJECTS,
+    REPORTED_SUBJECTS,
+    STYLE_WORDS,
+    caption,
+)
 from lib_dynfuse.errors import DynFuseError
 from lib_dynfuse.evaluate.methods import Method
 
@@ -60,8 +68,8 @@ def half(name: str) -> list[str]:
 
 
 def boxed_pairs(wanted: str) -> list[Pair]:
-    """Of the box: `tuning`, `reporting`, `all`, `fresh`, or SUBJECT:STYLE with commas between them, as in
-    fox:hc,rocket:blob. `all` is both halves.
+    """Of the box: `tuning`, `reporting`, `all`, `reported`, `fresh`, or SUBJECT:STYLE with commas between them, as in
+    fox:hc,rocket:blob. `all` is both halves; the LoRAs of `reported` and `fresh` are not in the box.
 
     Raises DynFuseError that lists what there is.
     """
@@ -69,15 +77,16 @@ def boxed_pairs(wanted: str) -> list[Pair]:
     if wanted in HALVES or wanted == "all":
         subjects = [subject for name in HALVES if wanted in (name, "all") for subject in half(name)]
         return [_boxed(subject, style) for subject in subjects for style in HELD_STYLES]
-    if wanted == "fresh":
-        return [_boxed(subject, style) for subject in FRESH_SUBJECTS for style in HELD_STYLES]
+    if wanted in ("reported", "fresh"):
+        subjects = list(REPORTED_SUBJECTS if wanted == "reported" else FRESH_SUBJECTS)
+        return [_boxed(subject, style) for subject in subjects for style in HELD_STYLES]
     pairs = []
     for text in (part.strip() for part in wanted.split(",")):
         subject, _, style = text.partition(":")
-        if subject not in (*HELD_SUBJECTS, *FRESH_SUBJECTS) or style not in HELD_STYLES:
+        if subject not in (*HELD_SUBJECTS, *MORE_SUBJECTS) or style not in HELD_STYLES:
             raise DynFuseError(
-                f"--pairs {text}: write {', '.join(HALVES)}, all, fresh, or SUBJECT:STYLE; subjects are "
-                f"{', '.join(HELD_SUBJECTS)}, and, fresh, {', '.join(FRESH_SUBJECTS)}; styles are "
+                f"--pairs {text}: write {', '.join(HALVES)}, all, reported, fresh, or SUBJECT:STYLE; subjects "
+                f"are {', '.join(HELD_SUBJECTS)}, and, not in the box, {', '.join(MORE_SUBJECTS)}; styles are "
                 f"{', '.join(HELD_STYLES)}"
             )
         pairs.append(_boxed(subject, style))

@@ -48,7 +48,7 @@ def tiny() -> model.Preset:
 @pytest.fixture(scope="session")
 def picture_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Noise in place of emoji, for every subject and style of the split."""
-    names = [*split.BASE_SUBJECTS, *split.HELD_SUBJECTS, *split.FRESH_SUBJECTS]
+    names = [*split.BASE_SUBJECTS, *split.HELD_SUBJECTS, *split.MORE_SUBJECTS]
     subject, style = np.divmod(np.arange(len(names) * len(split.STYLES)), len(split.STYLES))
     file = tmp_path_factory.mktemp("data") / "pictures.npz"
     x = np.random.default_rng(0).integers(0, 256, (len(subject), 16, 16, 3), dtype=np.uint8)

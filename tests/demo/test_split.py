@@ -13,15 +13,16 @@ def test_twenty_four_subjects_and_two_styles_are_held_out() -> None:
     assert len(set(split.HELD_SUBJECTS)) == 24
     assert set(split.HELD_STYLES) == {"blob", "hc"}
     assert not set(split.HELD_SUBJECTS) & set(split.BASE_SUBJECTS)
-    assert len(set(split.FRESH_SUBJECTS)) == 24
-    assert not set(split.FRESH_SUBJECTS) & {*split.HELD_SUBJECTS, *split.BASE_SUBJECTS}
+    assert len(split.FRESH_SUBJECTS) == len(split.REPORTED_SUBJECTS) == 24
+    assert len(set(split.MORE_SUBJECTS)) == 48
+    assert not set(split.MORE_SUBJECTS) & {*split.HELD_SUBJECTS, *split.BASE_SUBJECTS}
     assert not set(split.HELD_STYLES) & {*split.BASE_STYLES, *split.SUBJECT_STYLES}
 
 
 def test_every_subject_is_in_the_catalogue_once() -> None:
     names = [name for name, _, _ in split.catalogue()]
     assert len(names) == len(set(names)) == 801
-    assert {*split.BASE_SUBJECTS, *split.HELD_SUBJECTS, *split.FRESH_SUBJECTS} <= set(names)
+    assert {*split.BASE_SUBJECTS, *split.HELD_SUBJECTS, *split.MORE_SUBJECTS} <= set(names)
 
 
 def test_a_caption_says_the_subject_and_the_style_in_words() -> None:

@@ -54,9 +54,9 @@ def test_the_judge_knows_the_split(trained: Path) -> None:
     assert loaded.subjects[: len(split.BASE_SUBJECTS)] == list(split.BASE_SUBJECTS)
 
 
-def test_the_judge_learns_the_fresh_subjects_beside_its_own(trained: Path) -> None:
+def test_the_judge_learns_the_other_subjects_beside_its_own(trained: Path) -> None:
     plain, everyone = (judge.Judge.load(trained / "judge", known) for known in (False, True))
-    assert everyone.subjects == [*plain.subjects, *split.FRESH_SUBJECTS]
+    assert everyone.subjects == [*plain.subjects, *split.MORE_SUBJECTS]
     images = torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     old, new = plain.subject(images), everyone.subject(images)
     assert new.shape == (3, len(everyone.subjects))
@@ -66,7 +66,7 @@ def test_the_judge_learns_the_fresh_subjects_beside_its_own(trained: Path) -> No
 def test_fresh_subjects_are_taught_to_the_boxed_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, picture_file: Path
 ) -> None:
-    monkeypatch.setattr(split, "FRESH_SUBJECTS", ("taco",))
+    monkeypatch.setattr(split, "MORE_SUBJECTS", ("taco",))
     monkeypatch.setattr(fresh, "STEPS", 2)
     train.train_demo(tmp_path, picture_file_of_64(picture_file, tmp_path), stages=["fresh"], threads=1, bar=False)
     assert {file.name for file in (tmp_path / "fresh").iterdir()} == {

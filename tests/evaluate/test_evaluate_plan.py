@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from lib_dynfuse.demo.split import FRESH_SUBJECTS, HELD_STYLES, HELD_SUBJECTS
+from lib_dynfuse.demo.split import FRESH_SUBJECTS, HELD_STYLES, HELD_SUBJECTS, REPORTED_SUBJECTS
 from lib_dynfuse.errors import DynFuseError
 from lib_dynfuse.evaluate.methods import METHODS, chosen, of, parse
 from lib_dynfuse.evaluate.plan import HALVES, boxed_pairs, half, read_pairs
@@ -35,7 +35,8 @@ def test_a_half_has_each_of_its_subjects_in_each_style() -> None:
 
 def test_fresh_subjects_are_in_neither_half() -> None:
     assert {pair.truth for pair in boxed_pairs("fresh")} == {(a, b) for a in FRESH_SUBJECTS for b in HELD_STYLES}
-    assert not set(FRESH_SUBJECTS) & set(half("tuning") + half("reporting"))
+    assert {pair.truth for pair in boxed_pairs("reported")} == {(a, b) for a in REPORTED_SUBJECTS for b in HELD_STYLES}
+    assert not {*FRESH_SUBJECTS} & {*REPORTED_SUBJECTS, *half("tuning"), *half("reporting")}
     assert boxed_pairs("ice cream:hc")[0].subject == "subject-ice-cream"
 
 

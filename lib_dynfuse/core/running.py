@@ -1,0 +1,42 @@
+"""Means over the layers of a generation, one for every picture's half, while a host's batches change."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lib_dynfuse.core.types import Row
+
+
+class RunningMeans:
+    """The means of k numbers for every row of the batch, kept by picture and half: rows never see one another."""
+
+    def __init__(self, start: Sequence[float], count: float = 0.0) -> None:
+        """`start` counts like `count` numbers that were already seen."""
+        self._start = start
+        # A hair above zero, so that a mean of nothing is no 0 / 0.
+        self._count = max(count, 1e-9)
+        self._away: dict[tuple[int, bool], Tensor] = {}
+        self._rows: tuple[Row, ...] = ()
+        self._state = torch.empty(0)
+
+    def lay_out(self, rows: tuple[Row, ...], device: torch.device) -> None:
+        """Puts the former rows' means away and lays out those of `rows`."""
+        if rows == self._rows and device == self._state.device:
+            return
+        for index, row in enumerate(self._rows):
+            self._away[row.image, row.cond] = self._state[index].to(device)
+        self._rows = rows
+        # Changed in place from now on, in the host's inference mode and out of it.
+        with torch.inference_mode(False):
+            new = torch.tensor([self._start, [self._count] * len(self._start)]).to(device, non_blocking=True)
+            self._state = torch.stack([self._away.get((row.image, row.cond), new) for row in rows])
+
+    def update(self, values: Tensor, heard: Tensor) -> Tensor:
+        """Takes in one more [B, k] where `heard` [B, k] says so, and returns the means [B, k]."""
+        means, counts = self._state.unbind(1)
+        counts += heard
+        means += torch.where(heard, values - means, 0.0) / counts
+        return means

@@ -164,13 +164,7 @@ class PackedWork(Work):
     def _held(self, hidden: Tensor, loudness: Loudness) -> Tensor:
         """Both roles' hidden products within the limits. Called before anything is added to the output."""
         packed = self._packed
-
-        def squares(role: int) -> Tensor:
-            # |h B^T|^2 = h (B^T B) h^T: the delta itself need not be made.
-            wide = hidden.detach()[..., packed.columns(role)].float()
-            return (wide @ packed.gram(role)).mul_(wide).sum(-1).clamp_min_(0.0)
-
-        factors = loudness.factors(squares(0), squares(1), _squares(self.tokens, self.dim))
+        factors = loudness.factors(packed.squares(hidden.detach()), _squares(self.tokens, self.dim))
         if hidden.requires_grad:
             parts = (hidden[..., packed.columns(role)] for role in (0, 1))
             held = (part if by is None else part * by.to(part.dtype) for part, by in zip(parts, factors, strict=True))
@@ -305,8 +299,8 @@ class PlainWork(Work):
             found = self._computed[role] = self._alone(role)
             if self.loudness is not None:
                 both = [one if one is not None else self._alone(k) for k, one in enumerate(self._computed)]
-                subject, style, base = (_squares(one.detach(), self.dim) for one in (*both, self.tokens))
-                factors = self.loudness.factors(subject, style, base)
+                squares = torch.stack([_squares(one.detach(), self.dim) for one in both])
+                factors = self.loudness.factors(squares, _squares(self.tokens, self.dim))
                 self._computed = [
                     one if by is None else one * by.to(one.dtype) for one, by in zip(both, factors, strict=True)
                 ]

@@ -59,29 +59,33 @@ class Loudness:
             self._lifts = self._lifts.to(moment.device, non_blocking=True)
 
     @torch.no_grad()
-    def factors(self, subject: Tensor, style: Tensor, base: Tensor) -> tuple[Tensor | None, Tensor]:
+    def factors(self, squares: Tensor, base: Tensor) -> tuple[Tensor | None, Tensor]:
         """What to multiply both deltas of a layer by: [B, 1, 1] (None: leave it) and [B, T or 1, 1].
 
-        `subject`, `style` and `base`: squared lengths of both deltas and of the layer's own output at every token,
-        [B, T] float32. Tiles of one picture follow one another in the batch and share its row. No gradient flows
+        `squares` [2, B, T] and `base` [B, T]: the squared lengths of both deltas and of the layer's own output at every
+        token, float32. Tiles of one picture follow one another in the batch and share its row. No gradient flows
         through the factors.
         """
-        gains = None if self._means is None else self._gains(self._means, torch.stack([subject, style]), base)
+        if self._means is None:
+            return None, self._pressed(squares[1], base)
+        subject, style = self._gains(self._means, squares, base)
         if not self._ceiling:
-            assert gains is not None
-            return gains[0], gains[1]
-        if gains is not None:
-            style = style * gains[1].square().squeeze(-1)
+            return subject, style
+        return subject, self._pressed(squares[1] * style.square().squeeze(-1), base).mul_(style)
+
+    def _pressed(self, squares: Tensor, base: Tensor) -> Tensor:
         # No length of a base output is zero but where there is nothing to see.
         below = base.mul(self._ceiling**2).clamp_min_(1e-20)
-        pressed = style.div(below).add_(1.0).rsqrt_().unsqueeze(-1)
-        return (None, pressed) if gains is None else (gains[0], pressed.mul_(gains[1]))
+        return squares.div(below).add_(1.0).rsqrt_().unsqueeze(-1)
 
     def _gains(self, means: RunningMeans, squares: Tensor, base: Tensor) -> Tensor:
         """Both networks' gains, [2, B, 1, 1], by what was heard of them up to this layer."""
         loud = squares.view(2, self._rows, -1).sum(2).T
         whole = base.view(self._rows, -1).sum(1, keepdim=True)
-        ratio = loud / whole.clamp_min(1e-20)
-        heard = means.update(ratio.clamp(_SILENT, _LOUDEST).log_().mul_(0.5), ratio > _SILENT)
-        gains = torch.minimum(self._levels - heard, self._lifts).exp_().T
-        return gains.repeat_interleave(base.shape[0] // self._rows, 1)[..., None, None]
+        ratio = loud / whole.clamp_min_(1e-20)
+        heard = ratio > _SILENT
+        mean = means.update(ratio.clamp_(_SILENT, _LOUDEST).log_().mul_(0.5), heard)
+        gains = torch.minimum(self._levels - mean, self._lifts).exp_().T
+        if base.shape[0] != self._rows:
+            gains = gains.repeat_interleave(base.shape[0] // self._rows, 1)
+        return gains[..., None, None]

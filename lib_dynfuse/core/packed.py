@@ -50,7 +50,7 @@ class Packed:
         self._place: tuple[torch.dtype, torch.device] | None = None
         self.ranks = tuple(found.down.shape[0] for found in factors)
         self._down = self._up = torch.empty(0)
-        self._grams: dict[int, Tensor] = {}
+        self._grams: list[Tensor] = []
 
     @classmethod
     def of(cls, deltas: Sequence[Delta]) -> Packed | None:
@@ -89,7 +89,7 @@ class Packed:
                 self._down = torch.cat([one.down.to(x.device, x.dtype) for one in factors])
                 self._up = torch.cat([one.up.to(x.device, x.dtype).flatten(1).T for one in factors])
         self._factors, self._scales, self._place = None, scales, (x.dtype, x.device)
-        self._grams.clear()
+        self._grams = []
 
     def hidden(self, x: Tensor, role: int | None = None, step: int = 1) -> Tensor:
         """x · A^T of both roles, or of one: [B, T, r]; of a convolution's every step-th pixel, down and across."""
@@ -106,13 +106,24 @@ class Packed:
         """B^T of both roles, or of one: [r, C]."""
         return self._up if role is None else self._up[self.columns(role)]
 
-    def gram(self, role: int) -> Tensor:
-        """B^T B of a role, [r, r] float32: what turns hidden products into squared lengths."""
-        if role not in self._grams:
-            with torch.inference_mode(False), torch.no_grad():
-                up = self.up(role).float()
-                self._grams[role] = up @ up.T
-        return self._grams[role]
+    @torch.no_grad()
+    def squares(self, hidden: Tensor) -> Tensor:
+        """The squared lengths of both roles' deltas at every token, [2, B, T] float32, from `hidden` of both.
+
+        |h B^T|^2 = h (B^T B) h^T: no delta need be made.
+        """
+        if not self._grams:
+            with torch.inference_mode(False):
+                self._grams = [up @ up.T for up in (self.up(role).float() for role in (0, 1))]
+                if self.ranks[0] == self.ranks[1]:
+                    self._grams = [torch.stack(self._grams)]
+        if len(self._grams) == 1:
+            wide = hidden.float().unflatten(-1, (2, -1)).movedim(2, 0).flatten(1, 2)
+            found = torch.bmm(wide, self._grams[0]).mul_(wide).sum(-1)
+        else:
+            parts = [hidden[..., self.columns(role)].float() for role in (0, 1)]
+            found = torch.stack([(h @ gram).mul_(h).sum(-1) for h, gram in zip(parts, self._grams, strict=True)])
+        return found.clamp_min_(0.0).view(2, *hidden.shape[:2])
 
     def add(self, tokens: Tensor, hidden: Tensor, role: int | None = None, scale: float = 1.0) -> None:
         """tokens += scale * hidden · B^T, in place."""

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-import pytest
 import torch
 from hand import BOTH, Hand, guide, hooks, latents, rows, session
 from torch import Tensor
@@ -13,22 +10,6 @@ from lib_dynfuse import session as sessions
 from lib_dynfuse.guidance.guide import Guide
 from lib_dynfuse.hosts.base import Place, Tag
 from lib_dynfuse.session import Session
-
-
-@pytest.fixture
-def hand() -> Hand:
-    return Hand()
-
-
-@pytest.fixture
-def said() -> list[str]:
-    return []
-
-
-@pytest.fixture(autouse=True)
-def nothing_left() -> Iterator[None]:
-    yield
-    assert sessions._open == []
 
 
 def guided(one: Session, hand: Hand, steps: int = 5) -> list[Tensor]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lib_dynfuse.core.moment import Moment
 from lib_dynfuse.core.running import RunningMeans
+from lib_dynfuse.core.types import Row
 
 # A delta of less than a millionth of the layer's output says nothing of how loud its network is.
 _SILENT = 1e-12
@@ -20,8 +21,9 @@ class Limits(NamedTuple):
     """What a strategy wants of both networks' loudness; a loudness is |delta| / |y0|, over the channels of one token
     or over a whole item. 0 leaves it as it is.
 
-    `subject`, `style`: a network whose mean loudness over the layers is above its level is turned down to it, one below
-    is turned up, by at most `lift`. The mean is geometric and runs over the generation, for every picture and half.
+    `subject`, `style`: a network whose loudness is above its level is turned down to it, one below is turned up, by at
+    most `lift`. Its loudness is the geometric mean over the layers of a picture's first forward pass, of each half by
+    itself, and within that pass over the layers so far.
     `ceiling`: of the style, token by token: with q its loudness, it is divided by sqrt(1 + (q / ceiling)^2). So it is
     what it was where it is weak, and nowhere louder than `ceiling`.
     """
@@ -41,36 +43,56 @@ class Loudness:
         self._levels = torch.tensor([math.log(level) if level else math.inf for level in levels])
         self._lifts = torch.tensor([math.log(limits.lift) if level else 0.0 for level in levels])
         self._means = RunningMeans([0.0, 0.0]) if any(levels) else None
-        self._rows = 0
+        self._rows: tuple[Row, ...] = ()
+        self._known: set[tuple[int, bool]] = set()
+        self._listened = False
+        # Rows of this pass whose loudness is still to be heard, [rows, 1]; None where all are known.
+        self._new: Tensor | None = None
+        self._gains: Tensor | None = None
 
     @classmethod
     def of(cls, limits: Limits) -> Loudness | None:
         """None where there is nothing to hold."""
         return cls(limits) if limits.subject or limits.style or limits.ceiling else None
 
+    @property
+    def looks(self) -> bool:
+        """Whether `factors` wants to know any lengths in this pass."""
+        return self._ceiling > 0 or self._new is not None
+
     def begin(self, moment: Moment) -> None:
         """Called once at the start of every forward pass, before any layer."""
         if self._means is None:
             return
-        self._rows = len(moment.rows)
-        self._means.lay_out(moment.rows, moment.device)
+        if self._listened:
+            self._known.update((row.image, row.cond) for row in self._rows)
+        self._listened = False
         if self._levels.device != moment.device:
             self._levels = self._levels.to(moment.device, non_blocking=True)
             self._lifts = self._lifts.to(moment.device, non_blocking=True)
+        new = [(row.image, row.cond) not in self._known for row in moment.rows]
+        if moment.rows != self._rows or self._new is not None or self._gains is None:
+            self._means.lay_out(moment.rows, moment.device)
+            self._rows, self._gains = moment.rows, None
+            self._new = torch.tensor(new).unsqueeze(1).to(moment.device, non_blocking=True) if any(new) else None
 
     @torch.no_grad()
-    def factors(self, squares: Tensor, base: Tensor) -> tuple[Tensor | None, Tensor]:
+    def factors(self, items: int, squares: Tensor | None, base: Tensor | None) -> tuple[Tensor | None, Tensor]:
         """What to multiply both deltas of a layer by: [B, 1, 1] (None: leave it) and [B, T or 1, 1].
 
         `squares` [2, B, T] and `base` [B, T]: the squared lengths of both deltas and of the layer's own output at every
-        token, float32. Tiles of one picture follow one another in the batch and share its row. No gradient flows
-        through the factors.
+        token, float32, where `looks` asks for them. `items` is B: tiles of one picture follow one another in the batch
+        and share its row. No gradient flows through the factors.
         """
         if self._means is None:
+            assert squares is not None
+            assert base is not None
             return None, self._pressed(squares[1], base)
-        subject, style = self._gains(self._means, squares, base)
+        subject, style = self._of_items(self._gains_now(self._means, squares, base), items)
         if not self._ceiling:
             return subject, style
+        assert squares is not None
+        assert base is not None
         return subject, self._pressed(squares[1] * style.square().squeeze(-1), base).mul_(style)
 
     def _pressed(self, squares: Tensor, base: Tensor) -> Tensor:
@@ -78,14 +100,22 @@ class Loudness:
         below = base.mul(self._ceiling**2).clamp_min_(1e-20)
         return squares.div(below).add_(1.0).rsqrt_().unsqueeze(-1)
 
-    def _gains(self, means: RunningMeans, squares: Tensor, base: Tensor) -> Tensor:
-        """Both networks' gains, [2, B, 1, 1], by what was heard of them up to this layer."""
-        loud = squares.view(2, self._rows, -1).sum(2).T
-        whole = base.view(self._rows, -1).sum(1, keepdim=True)
-        ratio = loud / whole.clamp_min_(1e-20)
-        heard = ratio > _SILENT
-        mean = means.update(ratio.clamp_(_SILENT, _LOUDEST).log_().mul_(0.5), heard)
-        gains = torch.minimum(self._levels - mean, self._lifts).exp_().T
-        if base.shape[0] != self._rows:
-            gains = gains.repeat_interleave(base.shape[0] // self._rows, 1)
-        return gains[..., None, None]
+    def _gains_now(self, means: RunningMeans, squares: Tensor | None, base: Tensor | None) -> Tensor:
+        """Both networks' gains by what was heard of them so far, [rows, 2]."""
+        if self._new is not None:
+            assert squares is not None
+            assert base is not None
+            rows = len(self._rows)
+            loud = squares.view(2, rows, -1).sum(2).T
+            ratio = loud / base.view(rows, -1).sum(1, keepdim=True).clamp_min_(1e-20)
+            heard = (ratio > _SILENT) & self._new
+            means.update(ratio.clamp_(_SILENT, _LOUDEST).log_().mul_(0.5), heard)
+            self._listened, self._gains = True, None
+        if self._gains is None:
+            self._gains = torch.minimum(self._levels - means.now, self._lifts).exp_()
+        return self._gains
+
+    def _of_items(self, gains: Tensor, items: int) -> Tensor:
+        """[2, B, 1, 1] of [rows, 2]."""
+        tiles = items // len(self._rows)
+        return (gains if tiles == 1 else gains.repeat_interleave(tiles, 0)).T[..., None, None]

@@ -34,6 +34,11 @@ class RunningMeans:
             new = torch.tensor([self._start, [self._count] * len(self._start)]).to(device, non_blocking=True)
             self._state = torch.stack([self._away.get((row.image, row.cond), new) for row in rows])
 
+    @property
+    def now(self) -> Tensor:
+        """The means [B, k]."""
+        return self._state[:, 0]
+
     def update(self, values: Tensor, heard: Tensor) -> Tensor:
         """Takes in one more [B, k] where `heard` [B, k] says so, and returns the means [B, k]."""
         means, counts = self._state.unbind(1)

@@ -160,7 +160,7 @@ def test_strengths_above_the_levels_make_no_difference(name: str) -> None:
         torch.testing.assert_close(one, found[0])
 
 
-def test_the_mean_is_geometric_over_the_layers_and_steps_so_far_and_its_gain_follows() -> None:
+def test_the_mean_is_geometric_over_the_layers_of_the_first_pass_and_kept_from_then_on() -> None:
     """An oracle in float64, one layer at a time, of three passes over two layers."""
     torch.manual_seed(0)
     modules = [nn.Linear(6, 6).double() for _ in range(2)]
@@ -178,11 +178,26 @@ def test_the_mean_is_geometric_over_the_layers_and_steps_so_far_and_its_gain_fol
                 x = torch.randn(2, 5, 6, dtype=torch.float64)
                 base = nn.functional.linear(x, module.weight, module.bias)
                 subject, style = (delta[role](x, base) for role in Role)
-                logs.append(loudness(subject, base).log())
+                if step == 0:
+                    logs.append(loudness(subject, base).log())
                 gain = (math.log(0.15) - torch.stack(logs).mean(0)).clamp(max=math.log(1.5)).exp()
                 torch.testing.assert_close(
                     module(x), base + gain[:, None, None] * subject + style, rtol=1e-5, atol=1e-6
                 )
+
+
+def test_a_network_is_heard_where_choosing_begins() -> None:
+    module, x = layers()[0]
+    generator = torch.Generator().manual_seed(7)
+    deltas: dict[Role, Delta] = {role: random_lora(module, 3, 1.0, generator) for role in Role}
+    with torch.no_grad():
+        with Fusion({"l": (module, dict(deltas))}, strategy("sum-cfg", **LEVELS)):
+            expected = module(x * 3)
+        with Fusion({"l": (module, dict(deltas))}, strategy("sum-cfg", **LEVELS), window=(0.5, 1.0)) as fusion:
+            for step in range(3):
+                fusion.at(step, 3)
+                found = module(x * (1, 3, 3)[step])
+                assert torch.allclose(found, expected) == (step > 0)
 
 
 def test_halves_and_pictures_have_means_of_their_own_in_one_batch_or_apart() -> None:

@@ -95,6 +95,7 @@ def bench(
     rows = [Row(index // 2, cond=index % 2 == 1) for index in range(batch)]
 
     runs: dict[str, tuple[AbstractContextManager[object], Callable[[], object]]] = {}
+    fusions: dict[str, Fusion] = {}
     for method in methods:
         if method == "merged":
             # A merged network costs nothing per forward pass: this is the plain model.
@@ -106,7 +107,7 @@ def bench(
         else:
             name, way = _fused(method)
             rule, parameters = FUSED[name]
-            fusion = Fusion(layers, strategy(rule, **parameters))
+            fusion = fusions[method] = Fusion(layers, strategy(rule, **parameters))
             fusion.rows = rows
             runs[method] = (_Again(partial(_on_path, way, fusion)), forward)
 
@@ -115,9 +116,11 @@ def bench(
     with torch.inference_mode():
         for round_ in tqdm(range(repeats + 1), desc="rounds", leave=False):
             for method, (context, run) in runs.items():
+                if method in fusions:
+                    fusions[method].at(round_, repeats + 1)
                 with context:
                     elapsed, peaks[method] = _timed(run, place)
-                # The first round warms up: packs factors, picks kernels, fills the allocator.
+                # A round is a denoising step. The first one packs factors, picks kernels, fills the allocator, listens.
                 if round_:
                     seconds[method].append(elapsed)
     medians = {method: statistics.median(values) for method, values in seconds.items()}

@@ -22,8 +22,8 @@ class Limits(NamedTuple):
     or over a whole item. 0 leaves it as it is.
 
     `subject`, `style`: a network whose loudness is above its level is turned down to it, one below is turned up, by at
-    most `lift`. Its loudness is the geometric mean over the layers of a picture's first forward pass, of each half by
-    itself, and within that pass over the layers so far.
+    most `lift`. Its loudness is the geometric mean over the layers of a picture's first step, of each half by itself,
+    and within that step over the layers so far.
     `ceiling`: of the style, token by token: with q its loudness, it is divided by sqrt(1 + (q / ceiling)^2). So it is
     what it was where it is weak, and nowhere louder than `ceiling`.
     """
@@ -45,7 +45,8 @@ class Loudness:
         self._means = RunningMeans([0.0, 0.0]) if any(levels) else None
         self._rows: tuple[Row, ...] = ()
         self._known: set[tuple[int, bool]] = set()
-        self._listened = False
+        self._heard: set[tuple[int, bool]] = set()
+        self._step = -1
         # Rows of this pass whose loudness is still to be heard, [rows, 1]; None where all are known.
         self._new: Tensor | None = None
         self._gains: Tensor | None = None
@@ -64,9 +65,9 @@ class Loudness:
         """Called once at the start of every forward pass, before any layer."""
         if self._means is None:
             return
-        if self._listened:
-            self._known.update((row.image, row.cond) for row in self._rows)
-        self._listened = False
+        if moment.step != self._step:
+            self._known |= self._heard
+            self._step = moment.step
         if self._levels.device != moment.device:
             self._levels = self._levels.to(moment.device, non_blocking=True)
             self._lifts = self._lifts.to(moment.device, non_blocking=True)
@@ -110,7 +111,8 @@ class Loudness:
             ratio = loud / base.view(rows, -1).sum(1, keepdim=True).clamp_min_(1e-20)
             heard = (ratio > _SILENT) & self._new
             means.update(ratio.clamp_(_SILENT, _LOUDEST).log_().mul_(0.5), heard)
-            self._listened, self._gains = True, None
+            self._heard.update((row.image, row.cond) for row in self._rows)
+            self._gains = None
         if self._gains is None:
             self._gains = torch.minimum(self._levels - means.now, self._lifts).exp_()
         return self._gains

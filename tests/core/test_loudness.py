@@ -160,7 +160,7 @@ def test_strengths_above_the_levels_make_no_difference(name: str) -> None:
         torch.testing.assert_close(one, found[0])
 
 
-def test_the_mean_is_geometric_over_the_layers_of_the_first_pass_and_kept_from_then_on() -> None:
+def test_the_mean_is_geometric_over_the_layers_of_the_first_step_and_kept_from_then_on() -> None:
     """An oracle in float64, one layer at a time, of three passes over two layers."""
     torch.manual_seed(0)
     modules = [nn.Linear(6, 6).double() for _ in range(2)]
@@ -218,6 +218,24 @@ def test_halves_and_pictures_have_means_of_their_own_in_one_batch_or_apart() -> 
     together = run([0, 1, 2, 3])
     torch.testing.assert_close(run([0, 1], [2, 3]), together)
     torch.testing.assert_close(run([2], [0], [3], [1]), together)
+
+
+def test_a_step_of_several_passes_is_heard_as_a_whole() -> None:
+    module, x = layers()[0]
+    generator = torch.Generator().manual_seed(7)
+    deltas: dict[Role, Delta] = {role: random_lora(module, 3, 1.0, generator) for role in Role}
+    limits = {**NEUTRAL, "subject_level": 0.2}
+    with torch.no_grad(), Fusion({"l": (module, dict(deltas))}, strategy("sum-cfg", **limits)) as fusion:
+        for one in (x, x * 5):
+            fusion.at(0, 2)
+            module(one)
+        fusion.at(1, 2)
+        found = module(x)
+    base = nn.functional.linear(x, module.weight, module.bias)
+    subject, style = (deltas[role](x, base) for role in Role)
+    louder = deltas[Role.SUBJECT](x * 5, base), nn.functional.linear(x * 5, module.weight, module.bias)
+    mean = (loudness(subject, base) * loudness(*louder)).sqrt()
+    torch.testing.assert_close(found, base + (0.2 / mean).clamp(max=1)[:, None, None] * subject + style)
 
 
 def test_tiles_of_a_picture_share_its_loudness() -> None:

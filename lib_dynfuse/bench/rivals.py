@@ -19,6 +19,7 @@ FUSED: dict[str, tuple[str, dict[str, Any]]] = {
     "sum": ("sum", {}),
     "kl": ("kl", {}),
     "kl-sampled": ("kl", {"sample_tokens": 64}),
+    "kl-sampled-32": ("kl", {"sample_tokens": 32}),
     "kl-token": ("kl-token", {}),
     "kl-soft": ("kl-soft", {}),
     "kl-balanced": ("kl", {"auto_balance": True, "couple_cfg": True}),

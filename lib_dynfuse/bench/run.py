@@ -22,7 +22,7 @@ UNETS = tuple(CONFIGS)
 METHODS = ("merged", *FUSED, "peft", "klora-published")
 # Behind the name of a fused method: never by the kernels, or by nothing else.
 PATHS = ("-torch", "-triton")
-DEFAULT = ("merged", "sum", "kl", "kl-sampled", "kl-token", "peft", "klora-published")
+DEFAULT = ("merged", "sum", "kl", "kl-sampled", "kl-sampled-32", "kl-token", "peft", "klora-published")
 # What is to be known of a GPU: (unet, pixels), in float16, rank 32, without the convolutions of residual blocks.
 ON_GPU = (("sdxl", 1024), ("sd15", 512))
 METHODS_ON_GPU = (

@@ -73,8 +73,6 @@ _STRETCH = {"cpu": 1 << 19}
 _STRETCH_ELSEWHERE = 5 << 19
 # How many numbers are squared together on a CPU.
 _SQUARES = 1 << 19
-# What the deltas that were looked at may take, in bytes, to be kept until they are added; else they are made again.
-_KEPT = 16 << 20
 
 
 class Work:
@@ -160,8 +158,6 @@ class PackedWork(Work):
         packed.ready(self.x)
         self._packed = packed
         self._hidden: Tensor | None = None
-        # (items, tokens) and both deltas of every stretch that was looked at.
-        self._made: list[tuple[tuple[slice, slice], tuple[Tensor, Tensor]]] = []
 
     def _both_hidden(self) -> Tensor:
         if self._hidden is None:
@@ -209,16 +205,9 @@ class PackedWork(Work):
             hidden = (hidden if hidden.shape[1] == len(index) else _picked(hidden, index)).flatten(0, 1)
             yield self._features(_picked(y, index).flatten(0, 1), hidden, -1, y.shape[0])
             return
-        first = (items.start or 0) if isinstance(items, slice) else -1
-        keep = self._winners_only and first >= 0 and 2 * y.nbytes <= _KEPT and not torch.is_grad_enabled()
         for where in self._stretches(y):
             base, here = self._stretch(y, *where), self._stretch(hidden, *where)
-            found = self._features(base, here, self.dim, where[0].stop - where[0].start)
-            if keep and isinstance(found.subject, Tensor) and isinstance(found.style, Tensor):
-                of_batch = slice(where[0].start + first, where[0].stop + first)
-                self._made.append(((of_batch, where[1]), (found.subject, found.style)))
-            yield found
-            del found  # before the next one is made
+            yield self._features(base, here, self.dim, where[0].stop - where[0].start)
 
     def _features(self, base: Tensor, hidden: Tensor, dim: int, items: int) -> Features:
         """Both deltas of base and hidden [n, C] and [n, r], or with channels first."""
@@ -245,14 +234,10 @@ class PackedWork(Work):
         if isinstance(subject, Tensor) and isinstance(style, Tensor):
             if kernels.usable(self.tokens) and self._add_by_kernels(subject, style):
                 return
-            wins = None
             if self._winners_only and subject.dtype == torch.bool and subject.dim() == 1:
-                wins = self._column(subject).flatten().tolist()
-            for items in self._add_made(subject, style, wins):
-                if wins is not None:
-                    self._add_winners(wins, items)
-                else:
-                    self._add_weighted(subject, style, items)
+                self._add_winners(self._column(subject).flatten().tolist())
+            else:
+                self._add_weighted(subject, style)
         elif len(packed.ranks) == 1 or subject == style == 1.0:
             packed.add(self.tokens, self._both_hidden())
         else:
@@ -266,60 +251,32 @@ class PackedWork(Work):
         weights = (self._column(weight).squeeze(-1) for weight in (subject, style))
         return kernels.add(self.tokens, self._both_hidden(), self._packed.up(), self._packed.ranks[0], *weights)
 
-    def _add_made(self, subject: Tensor, style: Tensor, wins: list[bool] | None) -> list[slice]:
-        """Adds of the deltas that were kept; returns the items of which none were."""
-        batch = self.tokens.shape[0]
-        if not self._made:
-            return [slice(0, batch)]
-        for (items, tokens), deltas in self._made:
-            target = self._stretch(self.tokens, items, tokens)
-            if wins is not None:
-                parts = zip(*(self._by_item(one, items) for one in (target, *deltas)), strict=True)
-                for subject_wins, (part, *both) in zip(wins[items], parts, strict=True):
-                    part.add_(both[0 if subject_wins else 1])
-                continue
-            for delta, weight in zip(deltas, (subject, style), strict=True):
-                share = self._column(weight)[items]
-                share = share[:, tokens] if share.shape[1] > 1 else share
-                # [n, 1], or [1, n] where channels come first.
-                share = share.expand(-1, delta.shape[self.dim + 1] // share.shape[0], -1).flatten(0, 1)
-                share = share if self.dim == -1 else share.T
-                if share.dtype == torch.bool:
-                    target.add_(_weighted(delta, share))
-                else:
-                    target.addcmul_(delta, share.to(delta.dtype))
-        start, stop = self._made[0][0][0].start, self._made[-1][0][0].stop
-        return [rest for rest in (slice(0, start), slice(stop, batch)) if rest.start < rest.stop]
-
-    def _by_item(self, values: Tensor, items: slice) -> tuple[Tensor, ...]:
-        """A stretch of one or several whole items, item by item."""
-        return values.chunk(items.stop - items.start, 0 if self.dim == -1 else 1)
-
-    def _add_winners(self, subject_wins: list[bool], items: slice) -> None:
+    def _add_winners(self, subject_wins: list[bool]) -> None:
         """Each item's winner alone, neighbours with the same winner together."""
-        start = items.start
-        for stop in range(start + 1, items.stop + 1):
-            if stop < items.stop and subject_wins[stop] == subject_wins[start]:
+        batch = len(subject_wins)
+        start = 0
+        for stop in range(1, batch + 1):
+            if stop < batch and subject_wins[stop] == subject_wins[start]:
                 continue
-            role, alike = 0 if subject_wins[start] else 1, slice(start, stop)
+            role, items = 0 if subject_wins[start] else 1, slice(start, stop)
             if self._hidden is None:
-                hidden = self._packed.hidden(self.x[alike], role)
+                hidden = self._packed.hidden(self.x[items], role)
             else:
-                hidden = self._hidden[alike, :, self._packed.columns(role)]
-            self._packed.add(self.tokens[alike], hidden, role)
+                hidden = self._hidden[items, :, self._packed.columns(role)]
+            self._packed.add(self.tokens[items], hidden, role)
             start = stop
 
-    def _add_weighted(self, subject: Tensor, style: Tensor, items: slice) -> None:
+    def _add_weighted(self, subject: Tensor, style: Tensor) -> None:
         """Without waiting for the device: both products in one, the hidden columns weighted (the loser's by zero)."""
-        hidden = self._both_hidden()[items]
+        hidden = self._both_hidden()
         shares = torch.cat(
             [
-                self._column(weight)[items].expand(-1, -1, rank)
+                self._column(weight).expand(-1, -1, rank)
                 for weight, rank in zip((subject, style), self._packed.ranks, strict=True)
             ],
             -1,
         )
-        add_product(self.tokens[items], _weighted(hidden, shares), self._packed.up())
+        add_product(self.tokens, _weighted(hidden, shares), self._packed.up())
 
 
 class PlainWork(Work):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from toy import BOTH, CFG, Layers, Log, Toy, as_dense, fused, inputs, merged, random_lora, toy_layers
 
-from lib_dynfuse.core import Fusion, Role, Row, layer, strategies, strategy
+from lib_dynfuse.core import Fusion, Role, Row, strategies, strategy
 from lib_dynfuse.core.delta import (
     Affine,
     Decomposed,
@@ -372,24 +372,3 @@ def test_bytes_held_are_the_factors_once() -> None:
     with torch.no_grad(), fusion:
         layer(torch.randn(1, 4, 5, 5))
     assert fusion.nbytes == sum(delta.nbytes for delta in deltas.values())
-
-
-@pytest.mark.parametrize("elements", [1 << 19, 96])
-@pytest.mark.parametrize("name", ["kl", "kl-soft", "kl-token", "kl-cfg"])
-@pytest.mark.parametrize("couple", [False, True])
-def test_deltas_that_were_looked_at_are_added_as_if_they_were_made_again(
-    monkeypatch: pytest.MonkeyPatch, name: str, couple: bool, elements: int
-) -> None:
-    """`elements`: of a stretch, of which a layer then has one or many."""
-    model, x = Toy(), inputs(4)
-    rows = [Row(image, cond=cond) for cond in (False, True) for image in (0, 1)]
-
-    def run(kept: int) -> Tensor:
-        monkeypatch.setattr(layer, "_KEPT", kept)
-        with torch.no_grad(), Fusion(toy_layers(model), strategy(name, couple_cfg=couple)) as fusion:
-            fusion.rows = rows
-            result: Tensor = model(*x)
-        return result
-
-    monkeypatch.setitem(layer._STRETCH, "cpu", elements)
-    torch.testing.assert_close(run(1 << 20), run(0))

@@ -100,11 +100,6 @@ class Work:
         """Adds what the selection gives each role; its tensors are [rows] or [rows, T]."""
         raise NotImplementedError
 
-    def _base_squares(self) -> Tensor | None:
-        """The squared lengths of the layer's own output, [B, T], where the limits ask for them."""
-        looks = self.loudness is not None and self.loudness.looks
-        return _squares(self.tokens.detach(), self.dim) if looks else None
-
     def _places(self, sampled: int) -> Tensor | None:
         """Which of the T tokens are looked at, None for all of them."""
         if self.size is not None:
@@ -169,8 +164,9 @@ class PackedWork(Work):
     def _held(self, hidden: Tensor, loudness: Loudness) -> Tensor:
         """Both roles' hidden products within the limits. Called before anything is added to the output."""
         packed = self._packed
-        squares = packed.squares(hidden.detach()) if loudness.looks else None
-        factors = loudness.factors(hidden.shape[0], squares, self._base_squares())
+        factors = loudness.factors(
+            hidden.shape[0], lambda: (packed.squares(hidden.detach()), _squares(self.tokens.detach(), self.dim))
+        )
         if hidden.requires_grad:
             parts = (hidden[..., packed.columns(role)] for role in (0, 1))
             held = (part if by is None else part * by.to(part.dtype) for part, by in zip(parts, factors, strict=True))
@@ -305,9 +301,12 @@ class PlainWork(Work):
             found = self._computed[role] = self._alone(role)
             if self.loudness is not None:
                 both = [one if one is not None else self._alone(k) for k, one in enumerate(self._computed)]
-                looks = self.loudness.looks
-                squares = torch.stack([_squares(one.detach(), self.dim) for one in both]) if looks else None
-                factors = self.loudness.factors(found.shape[0], squares, self._base_squares())
+
+                def lengths() -> tuple[Tensor, Tensor]:
+                    subject, style, base = (_squares(one.detach(), self.dim) for one in (*both, self.tokens))
+                    return torch.stack([subject, style]), base
+
+                factors = self.loudness.factors(found.shape[0], lengths)
                 self._computed = [
                     one if by is None else one * by.to(one.dtype) for one, by in zip(both, factors, strict=True)
                 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -11,6 +12,9 @@ from torch import Tensor
 from lib_dynfuse.core.moment import Moment
 from lib_dynfuse.core.running import RunningMeans
 from lib_dynfuse.core.types import Row
+
+# Gives the squared lengths of both deltas [2, B, T] and of the layer's own output [B, T] at every token, float32.
+Lengths = Callable[[], tuple[Tensor, Tensor]]
 
 # A delta of less than a millionth of the layer's output says nothing of how loud its network is.
 _SILENT = 1e-12
@@ -56,11 +60,6 @@ class Loudness:
         """None where there is nothing to hold."""
         return cls(limits) if limits.subject or limits.style or limits.ceiling else None
 
-    @property
-    def looks(self) -> bool:
-        """Whether `factors` wants to know any lengths in this pass."""
-        return self._ceiling > 0 or self._new is not None
-
     def begin(self, moment: Moment) -> None:
         """Called once at the start of every forward pass, before any layer."""
         if self._means is None:
@@ -78,34 +77,30 @@ class Loudness:
             self._new = torch.tensor(new).unsqueeze(1).to(moment.device, non_blocking=True) if any(new) else None
 
     @torch.no_grad()
-    def factors(self, items: int, squares: Tensor | None, base: Tensor | None) -> tuple[Tensor | None, Tensor]:
+    def factors(self, items: int, lengths: Lengths) -> tuple[Tensor | None, Tensor]:
         """What to multiply both deltas of a layer by: [B, 1, 1] (None: leave it) and [B, T or 1, 1].
 
-        `squares` [2, B, T] and `base` [B, T]: the squared lengths of both deltas and of the layer's own output at every
-        token, float32, where `looks` asks for them. `items` is B: tiles of one picture follow one another in the batch
-        and share its row. No gradient flows through the factors.
+        `items` is B: tiles of one picture follow one another in the batch and share its row. `lengths` is called where
+        they are needed. No gradient flows through the factors.
         """
+        found = lengths() if self._ceiling or self._new is not None else None
         if self._means is None:
-            assert squares is not None
-            assert base is not None
-            return None, self._pressed(squares[1], base)
-        subject, style = self._of_items(self._gains_now(self._means, squares, base), items)
-        if not self._ceiling:
+            assert found is not None
+            return None, self._pressed(found[0][1], found[1])
+        subject, style = self._of_items(self._gains_now(self._means, found), items)
+        if not self._ceiling or found is None:
             return subject, style
-        assert squares is not None
-        assert base is not None
-        return subject, self._pressed(squares[1] * style.square().squeeze(-1), base).mul_(style)
+        return subject, self._pressed(found[0][1] * style.square().squeeze(-1), found[1]).mul_(style)
 
     def _pressed(self, squares: Tensor, base: Tensor) -> Tensor:
         # No length of a base output is zero but where there is nothing to see.
         below = base.mul(self._ceiling**2).clamp_min_(1e-20)
         return squares.div(below).add_(1.0).rsqrt_().unsqueeze(-1)
 
-    def _gains_now(self, means: RunningMeans, squares: Tensor | None, base: Tensor | None) -> Tensor:
+    def _gains_now(self, means: RunningMeans, lengths: tuple[Tensor, Tensor] | None) -> Tensor:
         """Both networks' gains by what was heard of them so far, [rows, 2]."""
-        if self._new is not None:
-            assert squares is not None
-            assert base is not None
+        if self._new is not None and lengths is not None:
+            squares, base = lengths
             rows = len(self._rows)
             loud = squares.view(2, rows, -1).sum(2).T
             ratio = loud / base.view(rows, -1).sum(1, keepdim=True).clamp_min_(1e-20)

@@ -22,7 +22,7 @@ from lib_dynfuse.errors import DynFuseError
 from lib_dynfuse.fingerprint import fingerprint
 
 INFOTEXT_KEY = "DynFuse"
-# What tests/bench/NOTES.md speaks for, with the two switches below.
+# What tests/bench/NOTES.md speaks for, with the two switches and the sampled tokens below.
 DEFAULT_STRATEGY = "kl-cfg"
 # Settings by name, for who would not choose one by one; what a preset does not name has its default.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -31,6 +31,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "strategy": "kl",
         "auto_balance": False,
         "couple_cfg": False,
+        "sample_tokens": 0,
         "nudge": True,
         "nudge_mode": "xt",
         "nudge_start": 0.0,
@@ -50,7 +51,7 @@ class OptionsError(DynFuseError):
     """A value that is not allowed; the message names the field, the value and what is allowed."""
 
 
-def _shared(name: str, label: str, default: bool | None = None) -> Any:
+def _shared(name: str, label: str, default: float | None = None) -> Any:
     """An option that is a parameter of the divergence rules: range, help and, without another, default are theirs."""
     parameter = _DIVERGENCE[name]
     return Field(
@@ -83,7 +84,7 @@ class Options(BaseModel, extra="forbid"):
     schedule: float = _shared("schedule", "Subject early, style late")
     couple_cfg: bool = _shared("couple_cfg", "Prompt decides for negative prompt", default=True)
     temperature: float = _shared("temperature", "Temperature")
-    sample_tokens: int = _shared("sample_tokens", "Tokens sampled")
+    sample_tokens: int = _shared("sample_tokens", "Tokens sampled", default=64)
     decide_every: int = _shared("decide_every", "Decide every")
     start: float = Field(
         default=0.0,

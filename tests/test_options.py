@@ -25,7 +25,7 @@ NUMBERS = [option for option in FIELDS if option.minimum is not None]
 def test_defaults_are_what_was_measured_to_be_best_and_switched_off():
     options = Options.read({})
     assert options.enabled is False
-    assert options.make_strategy() == strategy("kl-cfg", auto_balance=True, couple_cfg=True)
+    assert options.make_strategy() == strategy("kl-cfg", auto_balance=True, couple_cfg=True, sample_tokens=64)
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -46,7 +46,8 @@ def test_the_paper_s_rule_is_unbalanced_uncoupled_and_hard():
 @pytest.mark.parametrize("name", strategies())
 def test_every_rule_can_be_chosen_with_its_defaults(name: str):
     known = {parameter.name for parameter in strategies()[name].parameters}
-    own = {switch: True for switch in ("auto_balance", "couple_cfg") if switch in known}
+    panel = {"auto_balance": True, "couple_cfg": True, "sample_tokens": 64}
+    own = {name: value for name, value in panel.items() if name in known}
     assert Options.read({"strategy": name}).make_strategy() == strategy(name, **own)
 
 
@@ -54,7 +55,9 @@ def test_options_reach_the_rule():
     options = Options.read(
         {"strategy": "kl-soft", "balance": 0.25, "couple_cfg": False, "parameters": {"softness": 2.0}}
     )
-    assert options.make_strategy() == strategy("kl-soft", balance=0.25, auto_balance=True, softness=2.0)
+    assert options.make_strategy() == strategy(
+        "kl-soft", balance=0.25, auto_balance=True, sample_tokens=64, softness=2.0
+    )
 
 
 @given(st.sampled_from(NUMBERS), st.floats(allow_infinity=True, allow_nan=True))
@@ -107,7 +110,7 @@ def test_what_is_not_allowed_is_refused_by_name_with_what_is(values: dict[str, A
 
 def test_options_that_mean_nothing_to_the_rule_are_known():
     assert Options(strategy="sum", balance=0.5, couple_cfg=False).unused() == ["balance", "couple_cfg"]
-    assert Options(strategy="kl-token", balance=0.5, sample_tokens=64).unused() == ["sample_tokens"]
+    assert Options(strategy="kl-token", balance=0.5, sample_tokens=32).unused() == ["sample_tokens"]
     assert Options(strategy="kl", balance=0.5).unused() == []
 
 

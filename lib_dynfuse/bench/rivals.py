@@ -23,8 +23,9 @@ FUSED: dict[str, tuple[str, dict[str, Any]]] = {
     "kl-token": ("kl-token", {}),
     "kl-soft": ("kl-soft", {}),
     "kl-balanced": ("kl", {"auto_balance": True, "couple_cfg": True}),
-    # The default rule, and the one without a choice that comes nearest to it.
-    "kl-cfg": ("kl-cfg", {"auto_balance": True, "couple_cfg": True}),
+    # The panel's default, the same without sampling, and the rule without a choice that comes nearest to it.
+    "kl-cfg": ("kl-cfg", {"auto_balance": True, "couple_cfg": True, "sample_tokens": 64}),
+    "kl-cfg-exact": ("kl-cfg", {"auto_balance": True, "couple_cfg": True}),
     "sum-cfg": ("sum-cfg", {}),
     "klora": ("klora", {}),
     "np": ("np", {}),

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from lib_dynfuse.bench.ratios import paired
 from lib_dynfuse.bench.rivals import FUSED, klora_published, with_peft
 from lib_dynfuse.bench.unets import CONFIGS, COVERS, DTYPES, covered, make_inputs, make_layers, make_unet
 from lib_dynfuse.core import Fusion, Row, kernels, strategy
@@ -27,13 +28,15 @@ DEFAULT = ("merged", "sum", "kl", "kl-sampled", "kl-sampled-32", "kl-token", "pe
 ON_GPU = (("sdxl", 1024), ("sd15", 512))
 METHODS_ON_GPU = (
     "merged", "sum", "kl-triton", "kl-torch", "kl-sampled-triton", "kl-sampled-torch", "kl-balanced",
-    "kl-cfg", "peft", "klora-published",
+    "kl-cfg-triton", "kl-cfg-torch", "kl-cfg-exact", "peft", "klora-published",
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Result:
-    """One row: `seconds` is the median time of a forward pass, `ratio` that over `merged`'s.
+    """One row: `seconds` is the median time of a forward pass, `ratio` the median over the rounds of that over
+    `merged`'s (the first method's where `merged` is not measured), `low` and `high` the ends of its interval
+    (`bench.ratios`), `rounds` every round's seconds.
 
     `peak_mib` is the most memory of a GPU that the pass took at any time, weights and factors included; None elsewhere.
     """
@@ -48,6 +51,9 @@ class Result:
     method: str
     seconds: float
     ratio: float
+    low: float
+    high: float
+    rounds: tuple[float, ...]
     peak_mib: float | None = None
 
 
@@ -66,7 +72,8 @@ def bench(
 ) -> list[Result]:
     """Times `methods` on the UNet `unet` and returns a row for each; writes them to `out` as JSON.
 
-    Every round runs each method once, so that whatever else the machine does falls on all of them alike. On one CPU
+    Every round runs each method once, beginning with another one each time, so that whatever else the machine does
+    falls on all of them alike. On one CPU
     thread it is the process's own processor time that counts, on a GPU the time between two events, else the clock's.
     `threads` of the processor, 0 for torch's own number. A fused method's name may end in `-torch` (plain torch) or
     `-triton` (the fused kernels, also in Triton's interpreter); without, the engine takes what it would for a user.
@@ -115,7 +122,8 @@ def bench(
     peaks: dict[str, float | None] = {}
     with torch.inference_mode():
         for round_ in tqdm(range(repeats + 1), desc="rounds", leave=False):
-            for method, (context, run) in runs.items():
+            for method in _turned(list(runs), round_):
+                context, run = runs[method]
                 if method in fusions:
                     fusions[method].at(round_, repeats + 1)
                 with context:
@@ -123,15 +131,20 @@ def bench(
                 # A round is a denoising step. The first one packs factors, picks kernels, fills the allocator, listens.
                 if round_:
                     seconds[method].append(elapsed)
-    medians = {method: statistics.median(values) for method, values in seconds.items()}
-    reference = medians.get("merged", next(iter(medians.values())))
+    reference = seconds.get("merged", next(iter(seconds.values())))
+    what = (unet, pixels, batch, rank, cover, _name(place), dtype)
     results = [
-        Result(unet, pixels, batch, rank, cover, _name(place), dtype, method, median, median / reference, peaks[method])
-        for method, median in medians.items()
+        Result(*what, method, statistics.median(rounds), *paired(rounds, reference), tuple(rounds), peaks[method])
+        for method, rounds in seconds.items()
     ]
     if out is not None:
         _write(out, results)
     return results
+
+
+def _turned(methods: Sequence[str], by: int) -> list[str]:
+    start = by % len(methods)
+    return [*methods[start:], *methods[:start]]
 
 
 def _write(out: Path, results: Sequence[Result]) -> None:
@@ -177,12 +190,12 @@ def table(results: Sequence[Result]) -> str:
         f"{first.unet}, {first.pixels} pixels, batch {first.batch}, rank {first.rank} on {first.cover} layers, "
         f"{first.device}, {first.dtype}",
         "",
-        "| method | seconds per forward pass | ratio to merged |" + (" MiB at most |" if memory else ""),
-        "|---|---:|---:|" + ("---:|" if memory else ""),
+        "| method | seconds per forward pass | ratio to merged | from .. to |" + (" MiB at most |" if memory else ""),
+        "|---|---:|---:|---:|" + ("---:|" if memory else ""),
     ]
     for row in results:
         peak = f" {row.peak_mib:,.0f} |" if row.peak_mib is not None else ""
-        lines.append(f"| {row.method} | {row.seconds:.3f} | {row.ratio:.2f} |{peak}")
+        lines.append(f"| {row.method} | {row.seconds:.3f} | {row.ratio:.2f} | {row.low:.2f} .. {row.high:.2f} |{peak}")
     return "\n".join(lines)
 
 

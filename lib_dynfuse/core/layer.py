@@ -13,7 +13,7 @@ from lib_dynfuse.core import devices, kernels
 from lib_dynfuse.core.delta import Delta
 from lib_dynfuse.core.loudness import Loudness
 from lib_dynfuse.core.packed import Packed, Product, add_product, as_tokens
-from lib_dynfuse.core.rules import Features, Selection
+from lib_dynfuse.core.rules import Features, Largest, Selection
 
 
 @dataclass
@@ -198,26 +198,41 @@ class PackedWork(Work):
         else:
             hidden = self._both_hidden()[items]
         if index is not None:
-            hidden = (hidden if hidden.shape[1] == len(index) else _picked(hidden, index)).flatten(0, 1)
-            yield self._features(_picked(y, index).flatten(0, 1), hidden, -1, y.shape[0])
+            hidden = hidden if hidden.shape[1] == len(index) else _picked(hidden, index)
+            base, largest = _picked(y, index).flatten(0, 1), self._largest(hidden)
+            yield self._features(base, hidden.flatten(0, 1), -1, y.shape[0], largest)
             return
+        largest = self._largest(hidden)
         for where in self._stretches(y):
             base, here = self._stretch(y, *where), self._stretch(hidden, *where)
-            yield self._features(base, here, self.dim, where[0].stop - where[0].start)
+            of_these = largest and (largest[0][where[0]], largest[1][where[0]])
+            yield self._features(base, here, self.dim, where[0].stop - where[0].start, of_these)
 
-    def _features(self, base: Tensor, hidden: Tensor, dim: int, items: int) -> Features:
-        """Both deltas of base and hidden [n, C] and [n, r], or with channels first."""
-        packed = self._packed
-        if not self._winners_only and packed.ranks[0] == packed.ranks[1]:
-            hidden, up = hidden.unflatten(dim, (2, -1)), packed.up().unflatten(0, (2, -1))
+    @torch.no_grad()
+    def _features(self, base: Tensor, hidden: Tensor, dim: int, items: int, largest: Largest | None) -> Features:
+        """Both deltas of base and hidden [n, C] and [n, r], or with channels first, in one tensor."""
+        packed, up = self._packed, self._packed.up()
+        if packed.ranks[0] == packed.ranks[1]:
             # One product for both, in as many rows as a role has.
+            hidden, up = hidden.unflatten(dim, (2, -1)), up.unflatten(0, (2, -1))
             both = torch.bmm(hidden.transpose(0, 1), up) if dim == -1 else torch.bmm(up.transpose(1, 2), hidden)
-            return Features(base, both[0], both[1], dim, items, both)
-        if dim == -1:
-            subject, style = (hidden[:, packed.columns(role)] @ packed.up(role) for role in (0, 1))
         else:
-            subject, style = (packed.up(role).T @ hidden[packed.columns(role)] for role in (0, 1))
-        return Features(base, subject, style, dim, items)
+            both = base.new_empty(2, *base.shape)
+            for role, delta in enumerate(both):
+                columns = packed.columns(role)
+                if dim == -1:
+                    torch.mm(hidden[:, columns], up[columns], out=delta)
+                else:
+                    torch.mm(up[columns].T, hidden[columns], out=delta)
+        return Features(base, both[0], both[1], dim, items, both, largest)
+
+    def _largest(self, hidden: Tensor) -> Largest | None:
+        """For either role and each item what no value of its delta is above, from hidden [B, T, r]; None where the host
+        would have to wait for it."""
+        if not devices.readable(hidden.device):
+            return None
+        found = self._packed.largest(hidden.detach()).tolist()
+        return found[0], found[1]
 
     @property
     def _winners_only(self) -> bool:

@@ -53,7 +53,7 @@ class Loudness:
         self._step = -1
         # Rows of this pass whose loudness is still to be heard, [rows, 1]; None where all are known.
         self._new: Tensor | None = None
-        self._gains: Tensor | None = None
+        self._gains: _Gains | None = None
 
     @classmethod
     def of(cls, limits: Limits) -> Loudness | None:
@@ -84,21 +84,22 @@ class Loudness:
         they are needed. No gradient flows through the factors.
         """
         found = lengths() if self._ceiling or self._new is not None else None
-        if self._means is None:
-            assert found is not None
-            return None, self._pressed(found[0][1], found[1])
-        subject, style = self._of_items(self._gains_now(self._means, found), items)
+        gains = None if self._means is None else self._gains_now(self._means, found, items)
+        subject, style = (None, None) if gains is None else (gains.subject, gains.style)
         if not self._ceiling or found is None:
+            assert style is not None, "there is something to hold"
             return subject, style
-        return subject, self._pressed(found[0][1] * style.square().squeeze(-1), found[1]).mul_(style)
+        # g / sqrt(1 + (g q / ceiling)^2) with q = |d| / |y0|. No length of a base output is zero but where there is
+        # nothing to see.
+        squares, base = found[0][1], found[1].clamp_min(1e-20)
+        if gains is None:
+            below = squares.div(base).mul_(self._ceiling**-2).add_(1.0)
+        else:
+            below = torch.addcdiv(gains.below, squares, base, value=self._ceiling**-2)
+        return subject, below.rsqrt_().unsqueeze(-1)
 
-    def _pressed(self, squares: Tensor, base: Tensor) -> Tensor:
-        # No length of a base output is zero but where there is nothing to see.
-        below = base.mul(self._ceiling**2).clamp_min_(1e-20)
-        return squares.div(below).add_(1.0).rsqrt_().unsqueeze(-1)
-
-    def _gains_now(self, means: RunningMeans, lengths: tuple[Tensor, Tensor] | None) -> Tensor:
-        """Both networks' gains by what was heard of them so far, [rows, 2]."""
+    def _gains_now(self, means: RunningMeans, lengths: tuple[Tensor, Tensor] | None, items: int) -> _Gains:
+        """What both networks are multiplied by, by what was heard of them so far."""
         if self._new is not None and lengths is not None:
             squares, base = lengths
             rows = len(self._rows)
@@ -108,11 +109,19 @@ class Loudness:
             means.update(ratio.clamp_(_SILENT, _LOUDEST).log_().mul_(0.5), heard)
             self._heard.update((row.image, row.cond) for row in self._rows)
             self._gains = None
-        if self._gains is None:
-            self._gains = torch.minimum(self._levels - means.now, self._lifts).exp_()
+        if self._gains is None or self._gains.style.shape[0] != items:
+            logs = torch.minimum(self._levels - means.now, self._lifts)
+            tiles = items // len(self._rows)
+            subject, style = (logs if tiles == 1 else logs.repeat_interleave(tiles, 0)).unbind(1)
+            self._gains = _Gains(
+                subject.exp()[:, None, None], style.exp()[:, None, None], style.mul(-2.0).exp_()[:, None]
+            )
         return self._gains
 
-    def _of_items(self, gains: Tensor, items: int) -> Tensor:
-        """[2, B, 1, 1] of [rows, 2]."""
-        tiles = items // len(self._rows)
-        return (gains if tiles == 1 else gains.repeat_interleave(tiles, 0)).T[..., None, None]
+
+class _Gains(NamedTuple):
+    """What both networks of a pass are multiplied by, [B, 1, 1], and the style's to the power of -2, [B, 1]."""
+
+    subject: Tensor
+    style: Tensor
+    below: Tensor

@@ -51,6 +51,7 @@ class Packed:
         self.ranks = tuple(found.down.shape[0] for found in factors)
         self._down = self._up = torch.empty(0)
         self._grams: list[Tensor] = []
+        self._reach = torch.empty(0)
 
     @classmethod
     def of(cls, deltas: Sequence[Delta]) -> Packed | None:
@@ -89,7 +90,7 @@ class Packed:
                 self._down = torch.cat([one.down.to(x.device, x.dtype) for one in factors])
                 self._up = torch.cat([one.up.to(x.device, x.dtype).flatten(1).T for one in factors])
         self._factors, self._scales, self._place = None, scales, (x.dtype, x.device)
-        self._grams = []
+        self._grams, self._reach = [], torch.empty(0)
 
     def hidden(self, x: Tensor, role: int | None = None, step: int = 1) -> Tensor:
         """x · A^T of both roles, or of one: [B, T, r]; of a convolution's every step-th pixel, down and across."""
@@ -124,6 +125,23 @@ class Packed:
             parts = [hidden[..., self.columns(role)].float() for role in (0, 1)]
             found = torch.stack([(h @ gram).mul_(h).sum(-1) for h, gram in zip(parts, self._grams, strict=True)])
         return found.clamp_min_(0.0).view(2, *hidden.shape[:2])
+
+    @torch.no_grad()
+    def largest(self, hidden: Tensor) -> Tensor:
+        """What no absolute value of either role's delta is above in each item, [2, B] float32, from `hidden` of both.
+
+        |h B_c| is at most |h| |B_c| (Cauchy and Schwarz): no delta need be made.
+        """
+        if not self._reach.numel():
+            with torch.inference_mode(False):
+                ups = (self.up(role).float() for role in (0, 1))
+                self._reach = torch.stack([up.square().sum(0).amax().sqrt() for up in ups]).unsqueeze(1)
+        if self.ranks[0] == self.ranks[1]:
+            longest = torch.linalg.vector_norm(hidden.float().unflatten(-1, (2, -1)), dim=-1).amax(1).T
+        else:
+            each = (hidden[..., self.columns(role)].float() for role in (0, 1))
+            longest = torch.stack([torch.linalg.vector_norm(part, dim=-1).amax(1) for part in each])
+        return longest * self._reach
 
     def add(self, tokens: Tensor, hidden: Tensor, role: int | None = None, scale: float = 1.0) -> None:
         """tokens += scale * hidden · B^T, in place."""

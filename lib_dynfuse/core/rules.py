@@ -16,6 +16,8 @@ from lib_dynfuse.core.moment import Moment
 from lib_dynfuse.core.packed import Product
 
 Weight = float | Tensor
+# For the subject's delta and the style's: a number for each batch item.
+Largest = tuple[list[float], list[float]]
 
 
 class Features(NamedTuple):
@@ -23,7 +25,8 @@ class Features(NamedTuple):
 
     Token-major [n, C] with `dim` -1, or in a convolution's memory order [C, n] with `dim` 0. They are of `items` whole
     batch items, or of a part of one. Where kernels compute with deltas that are never written, base is [B, T, C].
-    `both` is the two deltas in one tensor, [2, n, C] or [2, C, n], where they lie in one.
+    `both` is the two deltas in one tensor, [2, n, C] or [2, C, n], where they lie in one. `largest` has, for either
+    delta and each item, a number that none of its values is above, where that is known without looking.
     """
 
     base: Tensor
@@ -32,6 +35,14 @@ class Features(NamedTuple):
     dim: int
     items: int = 1
     both: Tensor | None = None
+    largest: Largest | None = None
+
+    def each(self) -> Iterator[Features]:
+        """Every item by itself; token-major features only."""
+        parts = (one.chunk(self.items) for one in (self.base, self.subject, self.style) if isinstance(one, Tensor))
+        for item, (base, subject, style) in enumerate(zip(*parts, strict=True)):
+            largest = None if self.largest is None else ([self.largest[0][item]], [self.largest[1][item]])
+            yield Features(base, subject, style, self.dim, largest=largest)
 
     def parts(self, elements: int) -> Iterator[Features]:
         """Some tokens after others, of at most so many numbers of the base each; all at once where they are few, and

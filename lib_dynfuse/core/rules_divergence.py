@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 
 from lib_dynfuse.core import devices
-from lib_dynfuse.core.divergence import Divergence, Workspace, cosine_distance, js_divergence, kl_pair
+from lib_dynfuse.core.divergence import Divergence, cosine_distance, js_divergence
+from lib_dynfuse.core.kl_pair import kl_pair
 from lib_dynfuse.core.loudness import Limits
 from lib_dynfuse.core.moment import Moment
 from lib_dynfuse.core.rules import Features, Look, Pair, Rule, Selection, Strategy, flag, lift, number, of_halves
 from lib_dynfuse.core.running import RunningMeans
 from lib_dynfuse.core.types import Row
+from lib_dynfuse.core.workspace import Workspace
 
 # Divergences below this are rounding; it keeps their logarithms finite.
 _FLOOR = 1e-20
@@ -77,8 +79,7 @@ class DivergenceStrategy(Strategy):
         return torch.cat([self.criterion(_standardised(part), work) for part in features.parts(_PART)], 1)
 
     def criterion(self, features: Features, work: Workspace) -> Tensor:
-        base, subject, style, dim, items, both = features
-        return kl_pair(base, subject, style, self.temperature, dim, work, items, both)
+        return kl_pair(features, self.temperature, work)
 
     def choose(self, margin: Tensor) -> tuple[Tensor, Tensor]:
         """(subject's weight, style's weight) from the margin, of its shape."""
@@ -162,9 +163,9 @@ class KLCfg(_PerItem):
     lift: float = lift(2.0)
 
     def choose(self, margin: Tensor) -> tuple[Tensor, Tensor]:
-        subject = (margin >= 0).to(margin.dtype)
-        lost = 1 - self.loser
-        return self.subject * (self.loser + lost * subject), self.style * (1 - lost * subject)
+        wins = margin >= 0
+        subject = torch.where(wins, self.subject, self.subject * self.loser)
+        return subject, torch.where(wins, self.style * self.loser, self.style)
 
     @property
     def adds_both(self) -> bool:
@@ -200,7 +201,7 @@ class Cosine(_PerItem):
 
 
 def _standardised(features: Features) -> Features:
-    base, subject, style, dim, items, _ = features
+    base, subject, style, dim, items, *_ = features
     spread = base.float().std(dim, keepdim=True, unbiased=False).clamp_min(1e-12)
     return Features(base / spread, subject / spread, style / spread, dim, items)
 

@@ -43,5 +43,4 @@ class RunningMeans:
         """Takes in one more [B, k] where `heard` [B, k] says so, and returns the means [B, k]."""
         means, counts = self._state.unbind(1)
         counts += heard
-        means += torch.where(heard, values - means, 0.0) / counts
-        return means
+        return means.addcdiv_(torch.where(heard, values - means, 0.0), counts)

@@ -110,7 +110,10 @@ class LowRank(_FromInput):
         return (wide(self.up).flatten(1) @ rows.flatten(1)).view(-1, *rows.shape[1:])
 
     def frobenius_sq(self) -> float | None:
-        return None if self._grouped_up else Factors(self.rows(), self.up, self.geometry).frobenius_sq()
+        # On the meta device there is nothing to add up.
+        if self._grouped_up or self.up.is_meta:
+            return None
+        return Factors(self.rows(), self.up, self.geometry).frobenius_sq()
 
     def rows_basis(self) -> Tensor:
         return orthonormal_rows(self.rows().flatten(1))

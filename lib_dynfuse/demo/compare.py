@@ -47,8 +47,8 @@ class Method(NamedTuple):
 
 def _rule(label: str, strategy: str, *, balanced: bool = False, **more: Any) -> Method:
     # Spelled out, so that the columns mean the same whatever the defaults are.
-    options = Options(enabled=True, strategy=strategy, balance=0.0, auto_balance=balanced, couple_cfg=balanced, **more)
-    return Method(label, options=options)
+    plain: dict[str, Any] = {"balance": 0.0, "sample_tokens": 0, "auto_balance": balanced, "couple_cfg": balanced}
+    return Method(label, options=Options(enabled=True, strategy=strategy, **plain, **more))
 
 
 # Small moves, and to the last step: larger ones overshoot on 8 x 8 latents, and of earlier ones little is left in the

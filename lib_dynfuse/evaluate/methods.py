@@ -42,8 +42,13 @@ def of(label: str, **values: Any) -> Method:
 
 
 # Spelled out, so that a method means the same whatever the defaults are.
-_PLAIN = {"balance": 0.0, "auto_balance": False, "schedule": 0.0, "couple_cfg": False, "temperature": 1.0}
+_PLAIN = {
+    **{"balance": 0.0, "auto_balance": False, "schedule": 0.0, "couple_cfg": False, "temperature": 1.0},
+    **{"sample_tokens": 0, "decide_every": 1},
+}
 _EVEN = {**_PLAIN, "auto_balance": True, "couple_cfg": True}
+# As the panel has it: 64 tokens of a layer are all that the boxed model's have, but for a prompt's 77.
+_DEFAULT = {**_EVEN, "sample_tokens": 64}
 # The default of the version before, which left both networks as loud as they were.
 _BEFORE = {
     **{"loser": 0.5, "subject": 1.1, "style": 1.4, "negative": 0.4, "ceiling": 0.35},
@@ -68,10 +73,10 @@ METHODS: dict[str, Method] = {
         of("kl", strategy="kl", **_PLAIN),
         of("kl balanced", strategy="kl", **_EVEN),
         of("sum-cfg", strategy="sum-cfg"),
-        of("kl-cfg", strategy="kl-cfg", **_EVEN),
+        of("kl-cfg", strategy="kl-cfg", **_DEFAULT),
         of("kl-cfg before", strategy="kl-cfg", **_EVEN, **_BEFORE),
         of("paper", **{**_PLAIN, **PRESETS["paper"]}),
-        of("kl-cfg + nudges", strategy="kl-cfg", nudge=True, **_EVEN),
+        of("kl-cfg + nudges", strategy="kl-cfg", nudge=True, **_DEFAULT),
     )
 }
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lib_dynfuse.bench import METHODS, bench
+from lib_dynfuse.bench import METHODS, bench, run
 from lib_dynfuse.bench.count import count, counted
 from lib_dynfuse.bench.count import table as counts_table
 from lib_dynfuse.bench.rivals import klora_published, with_peft
@@ -55,13 +55,21 @@ def test_attention_feed_forward_and_convolutions_are_covered() -> None:
 def test_every_method_has_a_row_and_the_rows_are_written(tmp_path: Path) -> None:
     rows = bench("tiny", pixels=64, rank=2, methods=METHODS, repeats=1, out=tmp_path / "bench.json")
     assert [row.method for row in rows] == list(METHODS)
-    assert rows[0].ratio == 1.0
-    assert all(row.seconds > 0 for row in rows)
+    assert rows[0].ratio == rows[0].low == rows[0].high == 1.0
+    assert all(row.seconds > 0 and len(row.rounds) == 1 for row in rows)
     written = json.loads((tmp_path / "bench.json").read_text())
-    assert {"unet", "pixels", "batch", "rank", "cover", "device", "dtype", "method", "seconds", "ratio"} < set(
-        written[0]
-    )
+    keys = {"unet", "pixels", "batch", "rank", "cover", "device", "dtype", "method", "seconds", "ratio", "low", "high"}
+    assert {*keys, "rounds"} < set(written[0])
     assert len(table(rows).splitlines()) == 4 + len(METHODS)
+
+
+def test_every_round_begins_with_another_method_and_the_first_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    order = []
+    monkeypatch.setattr(run, "_timed", lambda forward, place: (order.append(forward), (1.0 + len(order), None))[1])
+    rows = bench("tiny", pixels=64, rank=2, methods=["merged", "peft"], repeats=2)
+    assert [forward is order[0] for forward in order] == [True, False, False, True, True, False]
+    assert [row.rounds for row in rows] == [(5.0, 6.0), (4.0, 7.0)]
+    assert rows[1].ratio == pytest.approx((4 / 5 + 7 / 6) / 2)
 
 
 def test_the_way_a_method_is_computed_can_be_chosen(monkeypatch: pytest.MonkeyPatch) -> None:

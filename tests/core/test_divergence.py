@@ -6,35 +6,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from float64 import features, js_float64, kl_float64, relative
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lib_dynfuse.core.divergence import DIVERGENCES, Workspace, cosine_distance, js_divergence, kl_divergence, kl_pair
-
-# Below this the float64 reference itself has no digits left.
-REFERENCE_NOISE = 1e-11
-
-
-def features(seed: int, tokens: int, channels: int, spread: float) -> Tensor:
-    return torch.randn(tokens, channels, generator=torch.Generator().manual_seed(seed)) * spread
-
-
-def kl_float64(base: Tensor, delta: Tensor, temperature: float = 1.0) -> Tensor:
-    adapted = ((base.double() + delta.double()) / temperature).log_softmax(-1)
-    return (adapted.exp() * (adapted - (base.double() / temperature).log_softmax(-1))).sum(-1)
-
-
-def js_float64(base: Tensor, delta: Tensor, temperature: float = 1.0) -> Tensor:
-    adapted = ((base.double() + delta.double()) / temperature).log_softmax(-1)
-    plain = (base.double() / temperature).log_softmax(-1)
-    middle = torch.logaddexp(adapted, plain) - torch.log(torch.tensor(2.0, dtype=torch.float64))
-    return ((adapted.exp() * (adapted - middle)).sum(-1) + (plain.exp() * (plain - middle)).sum(-1)) / 2
-
-
-def relative(found: Tensor, expected: Tensor) -> float:
-    error = (found.double() - expected).abs() - REFERENCE_NOISE
-    return float((error.clamp_min(0) / expected.abs().clamp_min(REFERENCE_NOISE)).max())
+from lib_dynfuse.core.divergence import DIVERGENCES, cosine_distance, js_divergence, kl_divergence
 
 
 @pytest.mark.parametrize("channels", [3, 320])
@@ -116,86 +93,3 @@ def test_cosine_distance_is_one_minus_the_cosine(seed: int, size: float) -> None
     base, delta = features(seed, 16, 32, 1.0), features(seed + 1, 16, 32, size)
     expected = 1 - torch.cosine_similarity((base + delta).double(), base.double(), dim=-1)
     assert relative(cosine_distance(base, delta), expected) < 1e-3
-
-
-@pytest.mark.parametrize("dim", [-1, 0])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
-def test_the_pair_of_a_running_model_equals_the_exact_form(dim: int, dtype: torch.dtype, temperature: float) -> None:
-    base = features(12, 40, 24, 2.0).to(dtype)
-    first, second = features(13, 40, 24, 0.2).to(dtype), features(14, 40, 24, 5.0).to(dtype)
-    layout = (lambda t: t) if dim == -1 else (lambda t: t.T.contiguous())
-    found = kl_pair(layout(base), layout(first), layout(second), temperature, dim)
-    for one, delta in zip(found, (first, second), strict=True):
-        torch.testing.assert_close(one, kl_divergence(base, delta, temperature), rtol=1e-4, atol=3e-6)
-
-
-@pytest.mark.parametrize("size", [1e-5, 1e-4, 1e-3, 5e-3])
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
-def test_the_pair_is_exact_for_weak_deltas_too(size: float, temperature: float) -> None:
-    base, delta = features(15, 64, 320, 1.0), features(16, 64, 320, size)
-    found = kl_pair(base, delta, -delta, temperature)
-    for one, signed in zip(found, (delta, -delta), strict=True):
-        torch.testing.assert_close(one, kl_divergence(base, signed, temperature), rtol=1e-4, atol=1e-20)
-
-
-@pytest.mark.parametrize("sizes", [(0.01, 0.01), (0.5, 0.5), (0.5, 0.001), (0.001, 0.5)])
-def test_what_comes_out_for_an_item_does_not_depend_on_the_others(sizes: tuple[float, float]) -> None:
-    base, first, second = (torch.randn(6, 40, generator=torch.Generator().manual_seed(seed)) for seed in range(3))
-    loudness = torch.tensor(sizes).repeat_interleave(3).unsqueeze(1)
-    first, second = first * loudness, second * 0.02
-    together = kl_pair(base, first, second, items=2)
-    for item in range(2):
-        part = slice(3 * item, 3 * item + 3)
-        alone = kl_pair(base[part], first[part], second[part])
-        for whole, one in zip(together, alone, strict=True):
-            torch.testing.assert_close(whole[part], one, rtol=1e-5, atol=0.0)
-
-
-@pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a device that the host would have to wait for: both deltas at once, nothing asked of them."""
-    monkeypatch.setattr("lib_dynfuse.core.devices.readable", lambda device: False)
-
-
-@pytest.mark.usefixtures("gpu")
-@pytest.mark.parametrize("channels", [3, 320])
-@pytest.mark.parametrize("size", [1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0, 100.0, 1000.0])
-def test_away_from_the_cpu_the_pair_equals_float64_for_deltas_of_any_size(size: float, channels: int) -> None:
-    base, delta = features(1, 64, channels, 1.0), features(2, 64, channels, size)
-    for one, signed in zip(kl_pair(base, delta, -delta), (delta, -delta), strict=True):
-        assert relative(one, kl_float64(base, signed)) < 1e-4
-
-
-@pytest.mark.usefixtures("gpu")
-@pytest.mark.parametrize("dim", [-1, 0])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
-def test_away_from_the_cpu_half_precision_layout_and_temperature_lose_nothing(
-    dim: int, dtype: torch.dtype, temperature: float
-) -> None:
-    base = features(12, 40, 320, 2.0).to(dtype)
-    both = torch.stack([features(13, 40, 320, 0.02), features(14, 40, 320, 5.0)]).to(dtype)
-    lay = (lambda t: t) if dim == -1 else (lambda t: t.transpose(-1, -2).contiguous())
-    laid = lay(both)
-    found = kl_pair(lay(base), laid[0], laid[1], temperature, dim)
-    for one, delta in zip(found, both, strict=True):
-        assert relative(one, kl_float64(base, delta, temperature)) < 1e-4
-    assert torch.equal(found, kl_pair(lay(base), laid[0], laid[1], temperature, dim, both=laid))
-
-
-@pytest.mark.usefixtures("gpu")
-@pytest.mark.parametrize("spread", [1.0, 30.0, 300.0])
-def test_away_from_the_cpu_each_token_takes_the_form_that_suits_it(spread: float) -> None:
-    base = features(15, 64, 320, spread)
-    delta = features(16, 64, 320, 1.0) * torch.logspace(-3, 3, 64).unsqueeze(1)
-    found = kl_pair(base, delta, delta)[0]
-    torch.testing.assert_close(found.double(), kl_float64(base, delta), rtol=2e-4, atol=1e-6)
-
-
-def test_scratch_memory_is_reused_and_bounded_by_the_largest_call() -> None:
-    work = Workspace()
-    for tokens in (10, 40, 20):
-        base = features(17, tokens, 8, 1.0)
-        kl_pair(base, base, base, work=work)
-    assert work.nbytes == 4 * 40 * 8 * 4

@@ -27,7 +27,7 @@ from lib_dynfuse.core.delta import (
     Sum,
 )
 from lib_dynfuse.core.divergence import kl_divergence
-from lib_dynfuse.core.layer import lattice_index, lattice_step, sample_index
+from lib_dynfuse.core.sampling import lattice_index, lattice_step, sample_index
 
 
 @pytest.mark.parametrize("form", ["low rank", "dense"])

@@ -75,14 +75,18 @@ def bench(
     counted: Annotated[
         bool, typer.Option("--count", help="Count operations and bytes instead; nothing is run.")
     ] = False,
+    by_layer: Annotated[
+        bool, typer.Option("--by-layer", help="Only the covered layers, one after the other: for small differences.")
+    ] = False,
     start_up: Annotated[
         bool, typer.Option("--start-up", help="Instead, how long it takes to begin: two files taken over, or merged.")
     ] = False,
 ) -> None:
     """Measure what fusing costs: time per forward pass, as a ratio to merged weights."""
+    from lib_dynfuse.bench import by_layer as layerwise
     from lib_dynfuse.bench import count, run, startup
 
-    chosen = tuple(name.strip() for name in methods.split(",") if name.strip()) or run.DEFAULT
+    named = tuple(name.strip() for name in methods.split(",") if name.strip())
     with one_clear_line():
         try:
             if counted:
@@ -91,7 +95,12 @@ def bench(
                 typer.echo(startup.table(startup.start_up(unet, rank, cover, threads)))
             elif on_gpu:
                 typer.echo("\n\n".join(run.table(rows) for rows in run.on_gpu(json_file)))
+            elif by_layer:
+                chosen = named or layerwise.DEFAULT
+                added = layerwise.by_layer(unet, pixels, batch, rank, device, dtype, chosen, repeats, threads, cover)
+                typer.echo(layerwise.table(added))
             else:
+                chosen = named or run.DEFAULT
                 rows = run.bench(unet, pixels, batch, rank, device, dtype, chosen, repeats, json_file, threads, cover)
                 typer.echo(run.table(rows))
         except ValueError as error:

@@ -4,26 +4,22 @@ from __future__ import annotations
 
 import json
 import statistics
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from lib_dynfuse.bench.ratios import paired
-from lib_dynfuse.bench.rivals import FUSED, klora_published, with_peft
+from lib_dynfuse.bench.rivals import FUSED, with_peft
+from lib_dynfuse.bench.rounds import fused, interleaved
 from lib_dynfuse.bench.unets import CONFIGS, COVERS, DTYPES, covered, make_inputs, make_layers, make_unet
-from lib_dynfuse.core import Fusion, Row, kernels, strategy
+from lib_dynfuse.core import Row, kernels
 
 UNETS = tuple(CONFIGS)
 METHODS = ("merged", *FUSED, "peft", "klora-published")
-# Behind the name of a fused method: never by the kernels, or by nothing else.
-PATHS = ("-torch", "-triton")
-DEFAULT = ("merged", "sum", "kl", "kl-sampled", "kl-sampled-32", "kl-token", "peft", "klora-published")
+DEFAULT = ("merged", "sum", "kl", "kl-sampled", "kl-cfg", "peft", "klora-published")
 # What is to be known of a GPU: (unet, pixels), in float16, rank 32, without the convolutions of residual blocks.
 ON_GPU = (("sdxl", 1024), ("sd15", 512))
 METHODS_ON_GPU = (
@@ -81,56 +77,12 @@ def bench(
     Raises `ValueError` for an unknown UNet, method, cover or dtype, naming what there is, and for `-triton` where the
     kernels do not run.
     """
-    _among("unet", unet, UNETS)
-    _among("dtype", dtype, DTYPES)
-    _among("cover", cover, tuple(COVERS))
-    for method in methods:
-        if _fused(method)[0] not in FUSED:
-            _among("method", method, METHODS)
-    if pixels % 64 or batch < 1 or rank < 1:
-        raise ValueError(f"pixels must be a multiple of 64, batch and rank at least 1, not {pixels}, {batch}, {rank}")
-    if threads:
-        torch.set_num_threads(threads)
-    place = torch.device(device)
-    if any(_fused(method)[1] == "triton" for method in methods):
-        with kernels.path("triton"):
-            if missing := kernels.why_not(place, getattr(torch, dtype)):
-                raise ValueError(f"no method can end in -triton: {missing}")
+    place = checked(unet, pixels, batch, rank, device, dtype, cover, methods, threads)
     model = make_unet(unet, place, getattr(torch, dtype))
     forward = make_inputs(model, pixels, batch)
     layers = make_layers(model, rank, cover)
-    rows = [Row(index // 2, cond=index % 2 == 1) for index in range(batch)]
-
-    runs: dict[str, tuple[AbstractContextManager[object], Callable[[], object]]] = {}
-    fusions: dict[str, Fusion] = {}
-    for method in methods:
-        if method == "merged":
-            # A merged network costs nothing per forward pass: this is the plain model.
-            runs[method] = (nullcontext(), forward)
-        elif method == "peft":
-            runs[method] = (nullcontext(), partial(forward, with_peft(model, layers, rank)))
-        elif method == "klora-published":
-            runs[method] = (_Again(lambda: klora_published(layers)), forward)
-        else:
-            name, way = _fused(method)
-            rule, parameters = FUSED[name]
-            fusion = fusions[method] = Fusion(layers, strategy(rule, **parameters))
-            fusion.rows = rows
-            runs[method] = (_Again(partial(_on_path, way, fusion)), forward)
-
-    seconds: dict[str, list[float]] = {method: [] for method in methods}
-    peaks: dict[str, float | None] = {}
-    with torch.inference_mode():
-        for round_ in tqdm(range(repeats + 1), desc="rounds", leave=False):
-            for method in _turned(list(runs), round_):
-                context, run = runs[method]
-                if method in fusions:
-                    fusions[method].at(round_, repeats + 1)
-                with context:
-                    elapsed, peaks[method] = _timed(run, place)
-                # A round is a denoising step. The first one packs factors, picks kernels, fills the allocator, listens.
-                if round_:
-                    seconds[method].append(elapsed)
+    peft = partial(forward, with_peft(model, layers, rank)) if "peft" in methods else None
+    seconds, peaks = interleaved(methods, layers, rows_of(batch), forward, peft, repeats, place)
     reference = seconds.get("merged", next(iter(seconds.values())))
     what = (unet, pixels, batch, rank, cover, _name(place), dtype)
     results = [
@@ -142,28 +94,44 @@ def bench(
     return results
 
 
-def _turned(methods: Sequence[str], by: int) -> list[str]:
-    start = by % len(methods)
-    return [*methods[start:], *methods[:start]]
+def checked(
+    unet: str,
+    pixels: int,
+    batch: int,
+    rank: int,
+    device: str,
+    dtype: str,
+    cover: str,
+    methods: Sequence[str],
+    threads: int,
+) -> torch.device:
+    """The device, where all of this can be measured; else the ValueError that `bench` tells of. Sets the threads."""
+    _among("unet", unet, UNETS)
+    _among("dtype", dtype, DTYPES)
+    _among("cover", cover, tuple(COVERS))
+    for method in methods:
+        if fused(method)[0] not in FUSED:
+            _among("method", method, METHODS)
+    if pixels % 64 or batch < 1 or rank < 1:
+        raise ValueError(f"pixels must be a multiple of 64, batch and rank at least 1, not {pixels}, {batch}, {rank}")
+    if threads:
+        torch.set_num_threads(threads)
+    place = torch.device(device)
+    if any(fused(method)[1] == "triton" for method in methods):
+        with kernels.path("triton"):
+            if missing := kernels.why_not(place, getattr(torch, dtype)):
+                raise ValueError(f"no method can end in -triton: {missing}")
+    return place
+
+
+def rows_of(batch: int) -> list[Row]:
+    """Pictures with guidance, each half in turn."""
+    return [Row(index // 2, cond=index % 2 == 1) for index in range(batch)]
 
 
 def _write(out: Path, results: Sequence[Result]) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps([asdict(result) for result in results], indent=1) + "\n", encoding="utf-8")
-
-
-def _fused(method: str) -> tuple[str, str]:
-    """(the method's name, which way it is computed)."""
-    for ending in PATHS:
-        if method.endswith(ending):
-            return method.removesuffix(ending), ending[1:]
-    return method, "auto"
-
-
-@contextmanager
-def _on_path(way: str, fusion: Fusion) -> Iterator[None]:
-    with kernels.path(way), fusion:
-        yield
 
 
 def on_gpu(out: Path | None = None, repeats: int = 20) -> list[list[Result]]:
@@ -197,38 +165,6 @@ def table(results: Sequence[Result]) -> str:
         peak = f" {row.peak_mib:,.0f} |" if row.peak_mib is not None else ""
         lines.append(f"| {row.method} | {row.seconds:.3f} | {row.ratio:.2f} | {row.low:.2f} .. {row.high:.2f} |{peak}")
     return "\n".join(lines)
-
-
-class _Again:
-    """A one-shot context manager made anew each time it is entered."""
-
-    def __init__(self, make: Callable[[], AbstractContextManager[object]]) -> None:
-        self._make = make
-
-    def __enter__(self) -> None:
-        self._context = self._make()
-        self._context.__enter__()
-
-    def __exit__(self, *exc: object) -> None:
-        self._context.__exit__(None, None, None)
-
-
-def _timed(run: Callable[[], object], device: torch.device) -> tuple[float, float | None]:
-    """Seconds, and on a GPU the most memory that was taken, in MiB."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        run()
-        stop.record()
-        torch.cuda.synchronize(device)
-        return start.elapsed_time(stop) / 1000, torch.cuda.max_memory_allocated(device) / 2**20
-    clock = time.process_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
-    before = clock()
-    run()
-    if device.type == "mps":
-        torch.mps.synchronize()
-    return clock() - before, None
 
 
 def _name(device: torch.device) -> str:

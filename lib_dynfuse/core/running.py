@@ -15,9 +15,8 @@ class RunningMeans:
 
     def __init__(self, start: Sequence[float], count: float = 0.0) -> None:
         """`start` counts like `count` numbers that were already seen."""
-        self._start = start
         # A hair above zero, so that a mean of nothing is no 0 / 0.
-        self._count = max(count, 1e-9)
+        self._new = torch.tensor([start, [max(count, 1e-9)] * len(start)])
         self._away: dict[tuple[int, bool], Tensor] = {}
         self._rows: tuple[Row, ...] = ()
         self._state = torch.empty(0)
@@ -31,8 +30,16 @@ class RunningMeans:
         self._rows = rows
         # Changed in place from now on, in the host's inference mode and out of it.
         with torch.inference_mode(False):
-            new = torch.tensor([self._start, [self._count] * len(self._start)]).to(device, non_blocking=True)
-            self._state = torch.stack([self._away.get((row.image, row.cond), new) for row in rows])
+            self._state = torch.stack([self._of(row, device) for row in rows])
+
+    def _of(self, row: Row, device: torch.device) -> Tensor:
+        """A row's means and counts, [2, k]; those of a new row are copied to the device once."""
+        known = self._away.get((row.image, row.cond))
+        if known is not None:
+            return known
+        if self._new.device != device:
+            self._new = self._new.to(device, non_blocking=True)
+        return self._new
 
     @property
     def now(self) -> Tensor:

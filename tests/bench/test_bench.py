@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
-from lib_dynfuse.bench import METHODS, bench, run
+from lib_dynfuse.bench import METHODS, bench, rounds
+from lib_dynfuse.bench.by_layer import by_layer
+from lib_dynfuse.bench.by_layer import table as layers_table
 from lib_dynfuse.bench.count import count, counted
 from lib_dynfuse.bench.count import table as counts_table
 from lib_dynfuse.bench.rivals import klora_published, with_peft
@@ -65,11 +68,31 @@ def test_every_method_has_a_row_and_the_rows_are_written(tmp_path: Path) -> None
 
 def test_every_round_begins_with_another_method_and_the_first_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     order = []
-    monkeypatch.setattr(run, "_timed", lambda forward, place: (order.append(forward), (1.0 + len(order), None))[1])
+    monkeypatch.setattr(rounds, "_timed", lambda forward, place: (order.append(forward), (1.0 + len(order), None))[1])
     rows = bench("tiny", pixels=64, rank=2, methods=["merged", "peft"], repeats=2)
     assert [forward is order[0] for forward in order] == [True, False, False, True, True, False]
     assert [row.rounds for row in rows] == [(5.0, 6.0), (4.0, 7.0)]
     assert rows[1].ratio == pytest.approx((4 / 5 + 7 / 6) / 2)
+
+
+def test_what_is_added_is_measured_layer_by_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran = []
+
+    def timed(forward: partial[object], place: torch.device) -> tuple[float, None]:
+        forward()
+        ran.append(forward)
+        return 1.0, None
+
+    monkeypatch.setattr(rounds, "_timed", timed)
+    rows = by_layer("tiny", pixels=64, rank=2, methods=["kl", "peft"], repeats=2)
+    assert [row.method for row in rows] == ["merged", "kl", "peft"]
+    # Every kind of layer in every round, the first one included, by every method; each counts as often as it occurs.
+    layers = covered(make_unet("tiny", torch.device("cpu"), torch.float32), "attention")
+    assert [row.seconds for row in rows] == [len(layers)] * 3
+    assert len(ran) % 9 == 0
+    assert len(ran) < 9 * len(layers)
+    assert all(row.added == 0 for row in rows)
+    assert len(layers_table(rows).splitlines()) == 5
 
 
 def test_the_way_a_method_is_computed_can_be_chosen(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -97,8 +97,8 @@ def bench(
                 typer.echo("\n\n".join(run.table(rows) for rows in run.on_gpu(json_file)))
             elif by_layer:
                 chosen = named or layerwise.DEFAULT
-                added = layerwise.by_layer(unet, pixels, batch, rank, device, dtype, chosen, repeats, threads, cover)
-                typer.echo(layerwise.table(added))
+                measured = (unet, pixels, batch, rank, device, dtype, chosen, repeats, json_file, threads, cover)
+                typer.echo(layerwise.table(layerwise.by_layer(*measured)))
             else:
                 chosen = named or run.DEFAULT
                 rows = run.bench(unet, pixels, batch, rank, device, dtype, chosen, repeats, json_file, threads, cover)

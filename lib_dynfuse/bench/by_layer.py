@@ -11,6 +11,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from tqdm import tqdm
 
 from lib_dynfuse.bench.rivals import with_peft
 from lib_dynfuse.bench.rounds import interleaved
-from lib_dynfuse.bench.run import checked, rows_of
+from lib_dynfuse.bench.run import checked, rows_of, write
 from lib_dynfuse.bench.unets import Layers, make_inputs, make_layers, make_unet
 
 DEFAULT = ("merged", "sum", "kl", "kl-sampled", "kl-cfg", "kl-cfg-exact", "peft")
@@ -51,6 +52,7 @@ def by_layer(
     dtype: str = "float32",
     methods: Sequence[str] = DEFAULT,
     repeats: int = 15,
+    out: Path | None = None,
     threads: int = 0,
     cover: str = "attention",
 ) -> list[Added]:
@@ -70,7 +72,10 @@ def by_layer(
         found, _ = interleaved(methods, one, rows_of(batch), forward, peft, repeats, place, bar=False)
         for method, times in found.items():
             seconds[method] += kind.count * statistics.median(times)
-    return [Added(method, value, value - seconds["merged"]) for method, value in seconds.items()]
+    rows = [Added(method, value, value - seconds["merged"]) for method, value in seconds.items()]
+    if out is not None:
+        write(out, rows)
+    return rows
 
 
 def _kinds(forward: Callable[[], object], layers: Layers) -> list[_Kind]:

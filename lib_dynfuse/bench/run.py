@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -90,7 +91,7 @@ def bench(
         for method, rounds in seconds.items()
     ]
     if out is not None:
-        _write(out, results)
+        write(out, results)
     return results
 
 
@@ -129,9 +130,10 @@ def rows_of(batch: int) -> list[Row]:
     return [Row(index // 2, cond=index % 2 == 1) for index in range(batch)]
 
 
-def _write(out: Path, results: Sequence[Result]) -> None:
+def write(out: Path, rows: Sequence[Any]) -> None:
+    """Dataclasses as a JSON list."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps([asdict(result) for result in results], indent=1) + "\n", encoding="utf-8")
+    out.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n", encoding="utf-8")
 
 
 def on_gpu(out: Path | None = None, repeats: int = 20) -> list[list[Result]]:
@@ -146,7 +148,7 @@ def on_gpu(out: Path | None = None, repeats: int = 20) -> list[list[Result]]:
         for unet, pixels in ON_GPU
     ]
     if out is not None:
-        _write(out, [row for rows in found for row in rows])
+        write(out, [row for rows in found for row in rows])
     return found
 
 

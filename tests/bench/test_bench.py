@@ -75,7 +75,7 @@ def test_every_round_begins_with_another_method_and_the_first_does_not_count(mon
     assert rows[1].ratio == pytest.approx((4 / 5 + 7 / 6) / 2)
 
 
-def test_what_is_added_is_measured_layer_by_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_added_is_measured_layer_by_layer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     ran = []
 
     def timed(forward: partial[object], place: torch.device) -> tuple[float, None]:
@@ -84,7 +84,8 @@ def test_what_is_added_is_measured_layer_by_layer(monkeypatch: pytest.MonkeyPatc
         return 1.0, None
 
     monkeypatch.setattr(rounds, "_timed", timed)
-    rows = by_layer("tiny", pixels=64, rank=2, methods=["kl", "peft"], repeats=2)
+    rows = by_layer("tiny", pixels=64, rank=2, methods=["kl", "peft"], repeats=2, out=tmp_path / "added.json")
+    assert [row["method"] for row in json.loads((tmp_path / "added.json").read_text())] == ["merged", "kl", "peft"]
     assert [row.method for row in rows] == ["merged", "kl", "peft"]
     # Every kind of layer in every round, the first one included, by every method; each counts as often as it occurs.
     layers = covered(make_unet("tiny", torch.device("cpu"), torch.float32), "attention")

@@ -1,8 +1,8 @@
 """What a method adds to the covered layers: the versions of every layer timed one after the other.
 
 A forward pass takes seconds on a CPU, and a machine's speed moves within them. Here the versions of one layer follow
-one another within milliseconds, so that much smaller differences are seen than between whole passes; convolutions and
-attention products, which are the same for all, are not run.
+one another within milliseconds, so that much smaller differences are seen than between whole passes. What no network
+covers is the same for all and is not run.
 """
 
 from __future__ import annotations
@@ -83,8 +83,10 @@ def _kinds(forward: Callable[[], object], layers: Layers) -> list[_Kind]:
     kinds: dict[tuple[str, torch.Size], _Kind] = {}
 
     def note(module: nn.Module, args: tuple[Tensor, ...], y: Tensor, name: str) -> None:
-        kind = kinds.setdefault((repr(module), args[0].shape), _Kind(name, args[0].clone()))
-        kind.count += 1
+        key = (repr(module), args[0].shape)
+        if key not in kinds:
+            kinds[key] = _Kind(name, args[0].clone())
+        kinds[key].count += 1
 
     handles = [module.register_forward_hook(partial(note, name=name)) for name, (module, _) in layers.items()]
     try:

@@ -113,9 +113,9 @@ class _Base:
 
     def _in_bits(self, deltas: Tensor, out: Tensor) -> Tensor:
         """Half-precision deltas would be rounded once more, were they not copied first."""
-        return (
-            torch.mul(deltas, self._bits, out=out) if deltas.dtype == out.dtype else out.copy_(deltas).mul_(self._bits)
-        )
+        if deltas.dtype == out.dtype:
+            return torch.mul(deltas, self._bits, out=out)
+        return out.copy_(deltas).mul_(self._bits)
 
     def _by_powers(self, deltas: Tensor, terms: Tensor) -> Tensor:
         """KL = E_r[d] - log E_0[exp d], where p_r is p_0 exp(d) over its sum."""

@@ -38,6 +38,14 @@ class Limits(NamedTuple):
     ceiling: float = 0.0
 
 
+class _Gains(NamedTuple):
+    """What both networks of a pass are multiplied by, [B, 1, 1], and the style's to the power of -2, [B, 1]."""
+
+    subject: Tensor
+    style: Tensor
+    below: Tensor
+
+
 class Loudness:
     """Holds both networks within a strategy's limits, for the life of one `Fusion`."""
 
@@ -117,11 +125,3 @@ class Loudness:
                 subject.exp()[:, None, None], style.exp()[:, None, None], style.mul(-2.0).exp_()[:, None]
             )
         return self._gains
-
-
-class _Gains(NamedTuple):
-    """What both networks of a pass are multiplied by, [B, 1, 1], and the style's to the power of -2, [B, 1]."""
-
-    subject: Tensor
-    style: Tensor
-    below: Tensor

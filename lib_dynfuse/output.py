@@ -111,6 +111,13 @@ def finish_killed(folder: Path) -> list[str]:
     return said
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file that is there as a whole or as it was before, whenever a kill or a full disk comes."""
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
+
+
 def check_folder(folder: Path) -> None:
     """Raises DynFuseError where something else than a folder stands in the way."""
     for place in (folder, *folder.parents):
@@ -217,9 +224,7 @@ def _move_back(moved: Sequence[tuple[Path, Path]]) -> None:
 
 
 def _write_plan(making: Path, first: int, files: Sequence[_Planned]) -> None:
-    part = making / f"{_PLAN}.part"
-    part.write_text(json.dumps({"first": first, "files": [asdict(one) for one in files]}), encoding="utf-8")
-    os.replace(part, making / _PLAN)
+    write_whole(making / _PLAN, json.dumps({"first": first, "files": [asdict(one) for one in files]}))
 
 
 def _read_plan(making: Path) -> tuple[int, list[_Planned]] | None:

@@ -178,7 +178,7 @@ def _compare(bench: _Bench, plan: _Plan, settings: Mapping[str, Any]) -> list[Pa
         "methods": {one.label: one.settings for one in plan.methods},
     }
     store.begin(out, described, plan.resume)
-    rows = store.read_rows(out)
+    rows = store.read_rows(out, say)
     todo = runs.jobs(bench.pairs, plan.methods, plan.seeds, {row.key for row in rows})
     if todo:
         if rows:

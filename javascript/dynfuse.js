@@ -10,6 +10,9 @@ const dynfuse = (() => {
     const LORA_TAG = /<(?:lora|lyco):([^>]*)>/gi;
     // The host sets a textarea's value without an event (paste, styles, cards), so it is looked at now and then.
     const LOOK_EVERY_MS = 400;
+    // A prompt may be megabytes: what is drawn of it, and written about it, is bounded.
+    const MOST_CHIPS = 100;
+    const MOST_SHOWN = 200;
 
     const keyOf = (part) => (part.includes("=") ? part.slice(0, part.indexOf("=")).trim().toLowerCase() : "");
     const valueOf = (part) => part.slice(part.indexOf("=") + 1).trim();
@@ -21,7 +24,9 @@ const dynfuse = (() => {
 
     /** The LoRA tags of a prompt, in order: where each stands, its name, its strength on the image model, its role. */
     function tags(prompt) {
-        return Array.from(prompt.matchAll(LORA_TAG), (match) => {
+        // Behind the last ">" every opening would look for another as far as the prompt goes: quadratic.
+        const readable = prompt.slice(0, prompt.lastIndexOf(">") + 1);
+        return Array.from(readable.matchAll(LORA_TAG), (match) => {
             const parts = match[1].split(":");
             const plain = parts.filter((part) => !keyOf(part));
             const named = (key) => {
@@ -59,14 +64,17 @@ const dynfuse = (() => {
     const nextRole = (role) => ROLES[(ROLES.indexOf(role) + 1) % ROLES.length];
 
     const strength = (value) => (Number.isInteger(value) ? value.toFixed(1) : String(value));
-    const named = (tag) => `${tag.name} ${strength(tag.unet)}`;
+    const shown = (text) => (text.length > MOST_SHOWN ? `${text.slice(0, MOST_SHOWN - 1)}…` : text);
+    const named = (tag) => `${shown(tag.name)} ${strength(tag.unet)}`;
+    const listed = (texts) => shown(texts.slice(0, MOST_CHIPS).join(", "));
 
     /** One line that says what the roles of a prompt are, or what is missing. */
-    function status(prompt) {
-        const all = tags(prompt);
+    const status = (prompt) => statusOf(tags(prompt));
+
+    function statusOf(all) {
         const wrong = all.find((tag) => tag.role === "unknown");
         if (wrong) {
-            return {level: "wrong", text: `${wrong.raw}: unknown role "${wrong.word}"; allowed: ${ALLOWED}`};
+            return {level: "wrong", text: `${shown(wrong.raw)}: unknown role "${shown(wrong.word)}"; allowed: ${ALLOWED}`};
         }
         const of = (role) => all.filter((tag) => tag.role === role);
         const subjects = of("subject");
@@ -78,11 +86,11 @@ const dynfuse = (() => {
             return {level: "missing", text: count ?? `${all.length} LoRAs, none has a role: click one`};
         }
         const said = [];
-        said.push(subjects.length ? `subject: ${subjects.map(named).join(", ")}` : "no LoRA with role=subject");
-        said.push(styles.length ? `style: ${styles.map(named).join(", ")}` : "no LoRA with role=style");
+        said.push(subjects.length ? `subject: ${listed(subjects.map(named))}` : "no LoRA with role=subject");
+        said.push(styles.length ? `style: ${listed(styles.map(named))}` : "no LoRA with role=style");
         const others = of("plain");
         if (others.length) {
-            said.push(`plain: ${others.map((tag) => tag.name).join(", ")}`);
+            said.push(`plain: ${listed(others.map((tag) => tag.name))}`);
         }
         return {level: subjects.length && styles.length ? "complete" : "missing", text: said.join(" · ")};
     }
@@ -141,10 +149,10 @@ const dynfuse = (() => {
     /** The chip of the prompt's tag number `index`. */
     function chip(tab, tag, index, hires) {
         const next = nextRole(tag.role);
-        const role = tag.role === "unknown" ? tag.word : tag.role;
+        const role = tag.role === "unknown" ? shown(tag.word) : tag.role;
         const made = element("button", `dynfuse-chip dynfuse-${tag.role}`, "", {
             type: "button",
-            title: `${tag.raw}\nClick: ${next}`,
+            title: `${shown(tag.raw)}\nClick: ${next}`,
             "aria-label": `${hires ? "hires prompt, " : ""}${named(tag)}: ${role}. Press for ${next}.`,
         });
         made.append(element("span", "dynfuse-sign", SIGNS[tag.role], {"aria-hidden": "true"}), ` ${named(tag)} `);
@@ -163,25 +171,36 @@ const dynfuse = (() => {
         return made;
     }
 
+    // What each tab's line was drawn from: the prompts' texts, and their tags.
+    const drawnFrom = new WeakMap();
+    const isSame = (one, other) => one.length === other.length && one.every((text, index) => text === other[index]);
+
     /** Fill a tab's line of chips and its status line, where the tags changed since. */
     function draw(tab) {
         const place = find(`#dynfuse_roles_${tab}`);
         if (!place) return;
-        const shown = prompts(tab);
+        const fields = prompts(tab).map(({area, hires}) => ({hires, text: area.value}));
+        const texts = fields.map(({hires, text}) => `${hires} ${text}`);
         let root = place.querySelector(".dynfuse-roles");
-        const seen = JSON.stringify(shown.map(({area, hires}) => [hires, tags(area.value).map((tag) => tag.raw)]));
-        if (root && root.dataset.seen === seen) return;
+        const before = root && drawnFrom.get(root);
+        if (before && isSame(before.texts, texts)) return;
+        const read = fields.map(({hires, text}) => ({hires, all: tags(text)}));
+        const written = read.flatMap(({hires, all}) => [String(hires), ...all.map((tag) => tag.raw)]);
         if (!root) {
             root = element("div", "dynfuse-roles", "");
             root.append(element("div", "dynfuse-chips", "", {role: "group", "aria-label": "Roles of the prompt's LoRAs"}));
             root.append(element("div", "dynfuse-status", "", {role: "status"}));
             place.append(root);
         }
-        root.dataset.seen = seen;
-        root.firstChild.replaceChildren(
-            ...shown.flatMap(({area, hires}) => tags(area.value).map((tag, index) => chip(tab, tag, index, hires))));
-        root.lastChild.replaceChildren(...shown.map(({area, hires}) => {
-            const {level, text} = status(area.value);
+        drawnFrom.set(root, {texts, written});
+        if (before && isSame(before.written, written)) return;
+        root.firstChild.replaceChildren(...read.flatMap(({hires, all}) => {
+            const chips = all.slice(0, MOST_CHIPS).map((tag, index) => chip(tab, tag, index, hires));
+            const more = all.length - chips.length;
+            return more ? [...chips, element("span", "dynfuse-more", `and ${more} more`)] : chips;
+        }));
+        root.lastChild.replaceChildren(...read.map(({hires, all}) => {
+            const {level, text} = statusOf(all);
             return element("div", `dynfuse-${level}`, `${hires ? "hires: " : ""}${text}`);
         }));
     }

@@ -103,12 +103,10 @@ def _encoders(clip: str, dino: str, models: Path, device: str) -> tuple[ClipEnco
     import torch
 
     from lib_dynfuse.guidance.encoders import EncoderError, load_clip, load_dino
+    from lib_dynfuse.hosts.devices import check_device
 
+    check_device(device)
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(0, device=where)
-    except (RuntimeError, AssertionError) as error:
-        raise DynFuseError(f"--device {device}: there is no such device here") from error
     try:
         with _quiet_libraries(dino):
             return (

@@ -12,7 +12,7 @@ from torch import nn
 from lib_dynfuse.core.delta import Delta
 from lib_dynfuse.core.fusion import Fusion
 from lib_dynfuse.core.types import Role, Row
-from lib_dynfuse.errors import DynFuseError
+from lib_dynfuse.errors import DynFuseError, shown
 from lib_dynfuse.guidance.guide import Guide
 from lib_dynfuse.hosts.base import Host, Layers, Place, Tag, Unsupported
 from lib_dynfuse.options import Options
@@ -96,7 +96,7 @@ class Session:
             return False
         for role, other in ((Role.SUBJECT, Role.STYLE), (Role.STYLE, Role.SUBJECT)):
             if not names[other]:
-                listed = ", ".join(names[role])
+                listed = shown(", ".join(names[role]))
                 self.tell(f"no LoRA has role={other.value}: nothing to choose from, {listed} is applied as it is")
         return True
 

@@ -22,6 +22,35 @@ from lib_dynfuse.options import FIELDS, PRESETS, Options, OptionsError, options_
 NUMBERS = [option for option in FIELDS if option.minimum is not None]
 
 
+def nested(depth: int) -> list[Any]:
+    value: list[Any] = []
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+# Values that break something on their way: no float, no repr, no UTF-8, no hash, no end.
+HOSTILE = [
+    10**400,
+    -(10**400),
+    10**4299,
+    "9" * 5000,
+    "1e999",
+    float("inf"),
+    float("nan"),
+    "\ud800",
+    "x" * 100_000,
+    nested(900),
+    {"a": nested(900)},
+    [10**400],
+    [],
+    {},
+    [["a", 1]],
+    None,
+    True,
+]
+
+
 def test_defaults_are_what_was_measured_to_be_best_and_switched_off():
     options = Options.read({})
     assert options.enabled is False
@@ -206,3 +235,44 @@ def test_options_survive_json():
 def test_the_readme_has_exactly_this_table(table: str):
     readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
     assert f"\n\n{table}\n\n" in readme
+
+
+def answer(values: dict[str, Any]) -> str:
+    """What is said of values, empty where they are taken."""
+    try:
+        Options.read(with_preset(values))
+    except OptionsError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("name", ["preset", *(option.name for option in FIELDS)])
+@pytest.mark.parametrize("index", range(len(HOSTILE)))
+def test_no_value_is_worse_than_refused_and_little_of_it_is_echoed(name: str, index: int):
+    said = answer({name: HOSTILE[index]})
+    assert len(said.encode()) < 1000
+    if said:
+        assert said.startswith(name)
+
+
+@pytest.mark.parametrize("index", range(len(HOSTILE)))
+@pytest.mark.parametrize("name", ["alpha", "pattern"])
+def test_no_value_of_a_rules_own_parameter_is_worse_than_refused(name: str, index: int):
+    said = answer({"strategy": "klora", "parameters": {name: HOSTILE[index]}})
+    assert name in said
+    assert len(said.encode()) < 1000
+
+
+@pytest.mark.parametrize("name", ["name", "self", "x" * 100_000, "\ud800", ""])
+def test_a_parameter_that_the_rule_has_not_is_refused_whatever_its_name(name: str):
+    said = answer({"strategy": "klora", "parameters": {name: 1}})
+    assert said.startswith("parameters: the rule 'klora' has no ")
+    assert "alpha" in said
+    assert len(said.encode()) < 1000
+
+
+def test_an_unknown_option_is_echoed_in_part_and_of_many_a_few():
+    assert len(answer({"x" * 100_000: 1})) < 1000
+    said = answer({f"option{number}": 1 for number in range(1000)})
+    assert "option0: unknown option" in said
+    assert said.endswith("and 992 more")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lib_dynfuse.core.delta import Delta, Rows, Sum
 from lib_dynfuse.core.types import Role, Row
+from lib_dynfuse.errors import shown
 from lib_dynfuse.hosts.a1111_guiding import Automatic1111Guiding, parts_of
 from lib_dynfuse.hosts.a1111_networks import NORMS, delta_of
 from lib_dynfuse.hosts.base import Before, Layers, Place, Tag
@@ -77,7 +78,8 @@ class Automatic1111:
             loaded[place] = stripped
             self._taken.append(_Taken(stripped, network, role, ours))
         found = {network.mentioned_name or network.name for network in loaded}
-        said += [f"no LoRA {name} was found: its role changes nothing" for name in roles if name not in found]
+        if missing := [name for name in roles if name not in found]:
+            said.append(f"no LoRA {shown(', '.join(missing))} was found: its role changes nothing")
         return said
 
     def give_back(self) -> None:

@@ -59,7 +59,7 @@ class Embedded:
         Raises DynFuseError for a model that cannot be opened (see `open_pipeline` for `config`).
         """
         device = device or default_device()
-        dtype = dtype or (torch.float32 if device == "cpu" else torch.float16)
+        dtype = dtype or (torch.float32 if torch.device(device).type == "cpu" else torch.float16)
         pipe = open_pipeline(Path(model), dtype, None if config is None else Path(config))
         return cls(pipe.to(device), Path(model).stem, None if lora_dir is None else Path(lora_dir), say)
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lib_dynfuse.core.algebra import wide
 from lib_dynfuse.core.delta import Delta, Sum
 from lib_dynfuse.core.types import Role, Row
-from lib_dynfuse.errors import DynFuseError
+from lib_dynfuse.errors import DynFuseError, shown
 from lib_dynfuse.hosts.base import Before, Layers, Place, Tag
 from lib_dynfuse.hosts.forge_guiding import NO_XT, ForgeGuiding
 from lib_dynfuse.hosts.forge_networks import Patch, deltas_of
@@ -89,7 +89,9 @@ class Forge:
             # After one that does not exist the host has loaded none at all.
             known = {*self._networks.available_networks, *self._networks.available_network_aliases}
             gone = [name for name in missing if name not in known] or missing
-            raise DynFuseError(f"no LoRA {', '.join(gone)} was found; {self.name} then leaves out the others too")
+            raise DynFuseError(
+                f"no LoRA {shown(', '.join(gone))} was found; {self.name} then leaves out the others too"
+            )
         roles: dict[tuple[str, float], Role] = {}
         for tag in tags:
             if tag.role is not None and roles.setdefault((files[tag.name], tag.unet), tag.role) is not tag.role:

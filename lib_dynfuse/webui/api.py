@@ -8,6 +8,7 @@ from typing import Any
 
 from lib_dynfuse import __version__
 from lib_dynfuse.core.strategies import Parameter, strategies
+from lib_dynfuse.errors import quoted, shown
 from lib_dynfuse.options import FIELDS, PRESETS, Options, OptionsError
 from lib_dynfuse.trace import Record, pictures
 from lib_dynfuse.webui.arguments import ORDER, PICTURES, read_arguments
@@ -93,7 +94,7 @@ def trace_content(record: Record | None, format: str, image: int) -> tuple[bytes
     Raises TraceError when there is no record, no such picture in it, or no such format.
     """
     if format not in ("json", "png"):
-        raise TraceError(422, f"format: {format!r} is not known; allowed: json, png")
+        raise TraceError(422, f"format: {quoted(format)} is not known; allowed: json, png")
     if record is None:
         raise TraceError(404, "nothing was recorded yet; generate with enabled and trace switched on")
     if format == "json":
@@ -138,7 +139,7 @@ def _wrong_entry(entry: Any) -> str:
         return f"an object is wanted; {shape}"
     unknown = [key for key in entry if key != "args"]
     if unknown:
-        return f"{', '.join(unknown)}: unknown; {shape}"
+        return f"{shown(', '.join(unknown))}: unknown; {shape}"
     args = entry.get("args", [])
     if not isinstance(args, list):
         return f"args: a list is wanted; {shape}"
@@ -174,8 +175,8 @@ def _check_before(route: Any) -> None:
     async def check(request: Any) -> None:
         try:
             body = await request.json()
-        except ValueError:
-            return  # not JSON: the route says so itself
+        except (ValueError, RecursionError):
+            return  # not JSON, or nested too deeply: the route says so itself
         if said := await run_in_threadpool(wrong_arguments, body):  # it may have pictures to open
             raise HTTPException(422, said)
 

@@ -75,5 +75,5 @@ def _parsed(name: str, text: str) -> Any:
         return text
     try:
         return json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # nested more deeply than Python reads
         raise OptionsError(f"{name}: not JSON") from error

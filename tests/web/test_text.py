@@ -109,3 +109,32 @@ def test_a_cards_click_handler_says_what_it_would_insert(answers: dict[str, Any]
 
 def test_clicks_go_round_and_an_unknown_role_starts_over(answers: dict[str, Any]) -> None:
     assert answers["turns"] == ["subject", "style", "plain", "plain"]
+
+
+LARGE = ["<lora:", "<lora:a ", ">", "<lora:a:1>", "<lora:a:1:role=subject>", "<lora:a:role=x>", "<lora:>", ":", "<"]
+
+
+def test_a_prompt_of_a_megabyte_is_read_in_a_second_and_its_status_is_short() -> None:
+    node = shutil.which("node")
+    if not node:
+        pytest.skip("no node here")
+    program = f"""
+        const d = require({json.dumps(str(SCRIPT))});
+        const seconds = (work) => {{
+            const began = process.cpuUsage().user;
+            work();
+            return (process.cpuUsage().user - began) / 1e6;
+        }};
+        console.log(JSON.stringify({json.dumps(LARGE)}.flatMap((piece) => {{
+            const many = piece.repeat(1e6 / piece.length);
+            return [many, `<lora:${{many}}>`].map((prompt) => {{
+                let text = "";
+                return [seconds(() => d.tags(prompt)), seconds(() => (text = d.status(prompt).text)), text.length];
+            }});
+        }})));
+    """
+    done = subprocess.run([node, "-e", program], capture_output=True, text=True, timeout=120, check=True)
+    for reading, saying, length in json.loads(done.stdout):
+        assert reading < 1
+        assert saying < 1
+        assert length < 700

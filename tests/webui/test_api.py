@@ -71,6 +71,11 @@ def test_a_request_that_says_nothing_to_us_is_no_matter_of_ours(body: Any):
         ({"args": [{"nudge": True, "nudge_mode": "xy"}]}, ["nudge_mode", "x0, adam, xt"]),
         ({"args": [{"subject_references": [{"image": "fox"}]}]}, ["subject_references", "is no picture"]),
         ({"args": [None] * (len(ORDER) + 1)}, [f"{len(ORDER) + 1} arguments"]),
+        ({"args": [{"parameters": {"name": "kl"}}]}, ["parameters", "'name'"]),
+        ({"args": [{"preset": []}]}, ["preset", "[]", "default, paper"]),
+        ({"args": [{"balance": 10**400}]}, ["balance", "-1 to 1"]),
+        ({"args": [{"parameters": "softness" * 5000}]}, ["parameters", "is not name=value"]),
+        ({"x" * 5000: 1}, ["xxx", "unknown"]),
         ({"args": [{"enabled": True}, "js"]}, ["args", "nothing may follow"]),
         ({"args": {"enabled": True}}, ["args", "a list is wanted"]),
         ({"arguments": [{"enabled": True}]}, ["arguments", "unknown"]),
@@ -81,6 +86,7 @@ def test_wrong_arguments_are_named_with_what_is_allowed(entry: Any, words: list[
     said = api.wrong_arguments(request(entry, title))
     assert said.startswith("alwayson_scripts.DynFuse: ")
     assert "\n" not in said
+    assert len(said) < 1000
     for word in words:
         assert word in said
 

@@ -65,6 +65,26 @@ def test_wrong_arguments_answer_422_and_right_ones_reach_the_host(path: str):
 
 
 @pytest.mark.parametrize(
+    "option",
+    [
+        '"parameters": {"name": "kl"}',
+        '"preset": []',
+        f'"balance": {"9" * 400}',
+        '"balance": Infinity',
+        '"strategy": "\\ud800"',
+        '"\\ud800": 1',
+        f'"strategy": {"[" * 500}{"]" * 500}',
+        f'"parameters": {{"softness": {"9" * 400}}}',
+    ],
+)
+def test_what_breaks_a_reader_is_answered_422_too(option: str):
+    body = f'{{"prompt": "a", "alwayson_scripts": {{"DynFuse": {{"args": [{{{option}}}]}}}}}}'
+    answer = host().post(api.CHECKED_ROUTES[0], content=body, headers={"Content-Type": "application/json"})
+    assert answer.status_code == 422
+    assert answer.json()["detail"].startswith("alwayson_scripts.DynFuse: ")
+
+
+@pytest.mark.parametrize(
     ("content", "media_type"),
     [
         (b"", "application/json"),
@@ -73,6 +93,8 @@ def test_wrong_arguments_answer_422_and_right_ones_reach_the_host(path: str):
         (b"[1]", "application/json"),
         (b'{"alwayson_scripts": 3}', "application/json"),
         (b"a fox", "text/plain"),
+        (b"[" * 100_000, "application/json"),
+        (b'{"prompt": ' + b"9" * 5000 + b"}", "application/json"),
     ],
 )
 def test_a_body_that_is_no_request_is_answered_by_the_host(content: bytes, media_type: str):

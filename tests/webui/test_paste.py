@@ -135,6 +135,11 @@ def test_the_same_option_has_the_same_function_in_both_tabs():
         {"DynFuse auto balance": "perhaps"},
         {"DynFuse parameters": "{"},
         {"DynFuse parameters": '{"softness": 1}'},
+        {"DynFuse parameters": '{"name": 1}'},
+        {"DynFuse parameters": "[" * 100_000},
+        {"DynFuse parameters": '{"softness": ' + "[" * 500 + "]" * 500 + "}"},
+        {"DynFuse balance": "9" * 400},
+        {"DynFuse clip": "\ud800"},
         {"DynFuse aura": "0.5", "DynFuse enabled": "False"},
     ],
 )

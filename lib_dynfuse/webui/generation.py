@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from lib_dynfuse import guides
-from lib_dynfuse.errors import DynFuseError
+from lib_dynfuse.errors import DynFuseError, without_folders
 from lib_dynfuse.guidance.scores import as_text, best
 from lib_dynfuse.hosts.base import Unsupported
 from lib_dynfuse.hosts.detect import detect
@@ -101,7 +101,9 @@ def _begin_guiding(p: Any, generation: _Generation) -> None:
 
 
 def _tell(p: Any, line: str) -> None:
-    """Where the person looks: under the picture, in its infotext, and in the log."""
+    """Where the person looks: under the picture, in its infotext, and in the log. A library's message may have paths of
+    the machine in it, which are nobody's business there."""
+    line = without_folders(line)
     p.comment(f"{TITLE}: {line}")
     notes = p.extra_generation_params.get(NOTE_KEY)
     p.extra_generation_params[NOTE_KEY] = f"{notes}; {line}" if notes else line

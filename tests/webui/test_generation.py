@@ -17,7 +17,7 @@ from lib_dynfuse import session as sessions
 from lib_dynfuse.core.delta import LowRank
 from lib_dynfuse.core.types import Role, Row
 from lib_dynfuse.hosts.base import Before, Layers, Place, Tag, Unsupported
-from lib_dynfuse.webui import generation
+from lib_dynfuse.webui import generation, guided
 
 LORAS = {"lora": [Tag("fox", 1.0, Role.SUBJECT), Tag("ink", 0.9, Role.STYLE)]}
 NONE: dict[str, list[Any]] = {"lora": []}
@@ -250,3 +250,16 @@ def test_an_inner_generation_does_not_disturb_the_outer_one(hand: Hand) -> None:
     fused = sample(outer, hand)
     assert not torch.equal(fused, hand.unet(torch.ones(2, 4, 6)))
     generation.finish(outer, SimpleNamespace())
+
+
+def test_no_note_has_a_path_of_the_machine(hand: Hand, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> Any:
+        raise FileNotFoundError(2, "No such file or directory", "/srv/my webui/models/dynfuse/clip.safetensors")
+
+    monkeypatch.setattr(guided, "begin", fail)
+    p = processing()
+    generation.begin(p, [{"enabled": True, "nudge": True}])
+    sessions.close_all()
+    assert p.comments == [f"DynFuse: {written(p)['DynFuse note']}"]
+    assert "No such file or directory: 'clip.safetensors'" in p.comments[0]
+    assert "srv" not in p.comments[0]

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import io
+import reprlib
 from collections.abc import Mapping
 from typing import Any
 
 from lib_dynfuse import __version__
 from lib_dynfuse.core.strategies import Parameter, strategies
 from lib_dynfuse.options import FIELDS, PRESETS, Options, OptionsError
-from lib_dynfuse.trace import Record, pictures
+from lib_dynfuse.trace import pictures
+from lib_dynfuse.webui import traces
 from lib_dynfuse.webui.arguments import ORDER, PICTURES, read_arguments
-from lib_dynfuse.webui.generation import TITLE
+from lib_dynfuse.webui.generation import TITLE, TRACE_KEY
 
 PREFIX = "/dynfuse/v1"
 CHECKED_ROUTES = ("/sdapi/v1/txt2img", "/sdapi/v1/img2img")
@@ -87,19 +89,25 @@ class TraceError(Exception):
         self.status = status
 
 
-def trace_content(record: Record | None, format: str, image: int) -> tuple[bytes, str]:
-    """The last generation's record as JSON, or one picture's heat map as PNG; and the media type.
+def trace_content(id: str, format: str, image: int | None) -> tuple[bytes, str]:
+    """The record that a picture's answer names, as JSON, or a heat map of that picture as PNG; and the media type.
 
-    Raises TraceError when there is no record, no such picture in it, or no such format.
+    `image`: another picture of the same batch. Raises TraceError when there is no such record, picture or format.
     """
     if format not in ("json", "png"):
-        raise TraceError(422, f"format: {format!r} is not known; allowed: json, png")
-    if record is None:
-        raise TraceError(404, "nothing was recorded yet; generate with enabled and trace switched on")
+        raise TraceError(422, f"format: {reprlib.repr(format)} is not known; allowed: json, png")
+    found = traces.kept.find(id)
+    if found is None:
+        raise TraceError(
+            404,
+            f"id: there is no such trace; a picture's own is in its answer's info, at extra_generation_params, "
+            f"{TRACE_KEY}, and those of the last {traces.MOST_BATCHES} batches are kept",
+        )
+    record, own = found
     if format == "json":
         return record.dumps().encode(), "application/json"
     try:
-        figure = pictures.heat_map(record, image)
+        figure = pictures.heat_map(record, own if image is None else image)
     except ValueError as error:
         raise TraceError(404, f"image: {error}") from error
     content = io.BytesIO()
@@ -107,14 +115,12 @@ def trace_content(record: Record | None, format: str, image: int) -> tuple[bytes
     return content.getvalue(), "image/png"
 
 
-def _trace_route(format: str = "json", image: int = 0) -> Any:
-    """The last generation's record as JSON, or with format=png the heat map of one of its pictures."""
+def _trace_route(id: str = "", format: str = "json", image: int | None = None) -> Any:
+    """The record of a picture's batch as JSON, or with format=png a heat map of the picture."""
     from fastapi import HTTPException, Response
 
-    from lib_dynfuse.session import last_record
-
     try:
-        content, media_type = trace_content(last_record(), format, image)
+        content, media_type = trace_content(id, format, image)
     except TraceError as error:
         raise HTTPException(error.status, str(error)) from error
     return Response(content, media_type=media_type)

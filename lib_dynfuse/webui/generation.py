@@ -21,13 +21,15 @@ from lib_dynfuse.options import INFOTEXT_KEY
 from lib_dynfuse.roles import lora_tags
 from lib_dynfuse.session import Session, close_all
 from lib_dynfuse.trace import Record
-from lib_dynfuse.webui import guided, settings, xyz
+from lib_dynfuse.webui import guided, settings, traces, xyz
 from lib_dynfuse.webui.arguments import read_arguments
 
 TITLE = "DynFuse"
 NOTE_KEY = f"{INFOTEXT_KEY} note"
 CHOSEN_KEY = f"{INFOTEXT_KEY} chosen"
 SCORES_KEY = f"{INFOTEXT_KEY} scores"
+# Of the API's answer alone: whoever knows it may have the record.
+TRACE_KEY = f"{INFOTEXT_KEY} trace"
 _log = logging.getLogger("lib_dynfuse")
 
 
@@ -225,9 +227,7 @@ def finish(p: Any, processed: Any) -> None:
     _rest()
     if generation is None:
         return
-    if generation.all_scores:
-        # The text of every picture is written by now: this is for who reads the answer of the API.
-        p.extra_generation_params[SCORES_KEY] = generation.all_scores
+    _answer(p, processed, generation)
     if not generation.session.options.trace:
         return
     place = processed.index_of_first_image
@@ -236,6 +236,22 @@ def finish(p: Any, processed: Any) -> None:
             if record is not None and image in record.images and place < len(processed.images):
                 _append(p, processed, record, image, place)
             place += 1
+
+
+def _answer(p: Any, processed: Any, generation: _Generation) -> None:
+    """What the API's answer says beside the pictures. It is no part of `p`: a grid's infotext is still to be written
+    from that, and what writes an infotext calls our functions, which some hosts cannot put into an answer."""
+    values = {key: value for key, value in p.extra_generation_params.items() if not callable(value)}
+    if generation.all_scores:
+        values[SCORES_KEY] = generation.all_scores
+    names: list[str | None] = []
+    for record, kept in generation.records:
+        known = [] if record is None else [image for image in kept if image in record.images]
+        named = dict(zip(known, traces.kept.keep(record, known), strict=True)) if record is not None else {}
+        names += [named.get(image) for image in kept]
+    if any(names):
+        values[TRACE_KEY] = names
+    processed.extra_generation_params = values
 
 
 def _rest() -> None:

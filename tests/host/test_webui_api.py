@@ -140,7 +140,7 @@ def test_alone_and_in_a_batch_a_token_turns_only_where_the_hosts_rounding_turns_
 
     def subject_shares(image: int) -> Any:
         """[2, layers], cond after uncond: the subject's share of a picture's tokens in the first forward pass."""
-        one = webui.call("/dynfuse/v1/trace")[1]["passes"][0]
+        one = webui.trace()[1]["passes"][0]
         rows = [index for index, row in enumerate(one["rows"]) if row["image"] == image]
         rows.sort(key=lambda index: bool(one["rows"][index]["cond"]))
         return np.array(one["subject"], float)[:, rows].T
@@ -232,13 +232,17 @@ def test_wrong_roles_are_told_and_the_picture_is_made_without_us(webui: WebUI, t
     assert note in fused.infotexts[0]
 
 
-def test_the_last_trace_can_be_had(webui: WebUI) -> None:
-    webui.generate(webui.prompt(), KL)
-    status, record = webui.call("/dynfuse/v1/trace")
+def test_a_picture_s_trace_can_be_had_by_its_own_name_alone(webui: WebUI) -> None:
+    answer = webui.generate(webui.prompt(), KL, batch_size=2)
+    status, record = webui.trace()
     assert status == 200
     assert len({one["step"] for one in record["passes"]}) == 4
-    status, heat_map = webui.call("/dynfuse/v1/trace?format=png")
+    status, heat_map = webui.trace(1, "&format=png")
     assert (status, heat_map[:4]) == (200, b"\x89PNG")
+    assert len(set(webui.traces)) == 2
+    assert not any(name in text for name in webui.traces for text in answer.infotexts)
+    for guess in ("", "?id=", "?id=0"):
+        assert webui.call(f"/dynfuse/v1/trace{guess}")[0] == 404
 
 
 def test_the_host_lists_our_arguments(webui: WebUI) -> None:

@@ -16,7 +16,7 @@ from lib_dynfuse import __version__
 from lib_dynfuse.core.strategies import strategies
 from lib_dynfuse.options import FIELDS
 from lib_dynfuse.trace import Item, Pass, Record
-from lib_dynfuse.webui import api
+from lib_dynfuse.webui import api, traces
 from lib_dynfuse.webui.arguments import ORDER
 
 
@@ -110,31 +110,42 @@ def test_a_reference_picture_that_cannot_be_read_is_named(picture: bytes, tmp_pa
         assert "\n" not in said
 
 
-def test_the_trace_is_the_last_record_as_json():
-    content, media_type = api.trace_content(record(), "json", 0)
+@pytest.fixture
+def kept(monkeypatch: pytest.MonkeyPatch) -> traces.Traces:
+    found = traces.Traces()
+    monkeypatch.setattr(traces, "kept", found)
+    return found
+
+
+def test_the_trace_is_the_record_that_the_answer_names_as_json(kept: traces.Traces):
+    (name,) = kept.keep(record(), [0])
+    content, media_type = api.trace_content(name, "json", None)
     assert media_type == "application/json"
     assert json.loads(content)["layers"] == ["down_blocks.0.attn"]
 
 
-def test_the_trace_as_png_is_the_heat_map_of_one_picture():
-    content, media_type = api.trace_content(record(), "png", 0)
+def test_the_trace_as_png_is_the_heat_map_of_that_picture(kept: traces.Traces):
+    (name,) = kept.keep(record(), [0])
+    content, media_type = api.trace_content(name, "png", None)
     assert media_type == "image/png"
     assert content.startswith(b"\x89PNG")
+    assert api.trace_content(name, "png", 0)[0] == content
 
 
 @pytest.mark.parametrize(
-    ("found", "format", "image", "status", "words"),
+    ("known", "format", "image", "status", "words"),
     [
-        (None, "json", 0, 404, ["nothing was recorded"]),
-        (record(), "svg", 0, 422, ["'svg'", "json, png"]),
-        (record(), "png", 3, 404, ["picture 3", "[0]"]),
+        (False, "json", None, 404, ["id: there is no such trace", "DynFuse trace", "last 16"]),
+        (True, "svg", None, 422, ["'svg'", "json, png"]),
+        (True, "png", 3, 404, ["picture 3", "[0]"]),
     ],
 )
 def test_a_trace_that_cannot_be_given_says_why(
-    found: Record | None, format: str, image: int, status: int, words: list[str]
+    known: bool, format: str, image: int | None, status: int, words: list[str], kept: traces.Traces
 ):
+    (name,) = kept.keep(record(), [0])
     with pytest.raises(api.TraceError) as error:
-        api.trace_content(found, format, image)
+        api.trace_content(name if known else "0", format, image)
     assert error.value.status == status
     for word in words:
         assert word in str(error.value)

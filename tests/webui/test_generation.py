@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
@@ -17,7 +18,7 @@ from lib_dynfuse import session as sessions
 from lib_dynfuse.core.delta import LowRank
 from lib_dynfuse.core.types import Role, Row
 from lib_dynfuse.hosts.base import Before, Layers, Place, Tag, Unsupported
-from lib_dynfuse.webui import generation, guided
+from lib_dynfuse.webui import generation, guided, traces
 
 LORAS = {"lora": [Tag("fox", 1.0, Role.SUBJECT), Tag("ink", 0.9, Role.STYLE)]}
 NONE: dict[str, list[Any]] = {"lora": []}
@@ -250,6 +251,43 @@ def test_an_inner_generation_does_not_disturb_the_outer_one(hand: Hand) -> None:
     fused = sample(outer, hand)
     assert not torch.equal(fused, hand.unet(torch.ones(2, 4, 6)))
     generation.finish(outer, SimpleNamespace())
+
+
+def test_a_picture_s_own_trace_is_named_in_the_answer_and_nowhere_else(
+    hand: Hand, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(traces, "kept", traces.Traces())
+    p = processing(batch_size=2, all_prompts=["a <lora:fox:1>"] * 4)
+    generation.begin(p, [{"enabled": True}])
+    for p.iteration in (0, 1):
+        sample(p, hand, images=2)
+    processed = SimpleNamespace(extra_generation_params=p.extra_generation_params)
+    generation.finish(p, processed)
+    names = processed.extra_generation_params["DynFuse trace"]
+    found = [traces.kept.find(name) for name in names]
+    assert [one[1] for one in found if one is not None] == [0, 1, 0, 1]
+    assert found[0][0] is found[1][0] is not found[2][0]  # type: ignore[index]
+    assert len(set(names)) == 4
+    assert all(len(name) >= 20 for name in names)
+    assert "DynFuse trace" not in written(p), "a grid's infotext is written from this afterwards"
+
+
+def test_the_answer_can_be_written_as_json(hand: Hand) -> None:
+    p = processing()
+    generation.begin(p, [{"enabled": True}])
+    sample(p, hand)
+    processed = SimpleNamespace()
+    generation.finish(p, processed)
+    assert json.loads(json.dumps(processed.extra_generation_params))["DynFuse strategy"] == "kl-cfg"
+
+
+def test_a_picture_that_is_not_fused_has_no_trace(hand: Hand) -> None:
+    p = processing()
+    generation.begin(p, [{"enabled": True}])
+    sample(p, hand, NONE)
+    processed = SimpleNamespace()
+    generation.finish(p, processed)
+    assert "DynFuse trace" not in processed.extra_generation_params
 
 
 def test_no_note_has_a_path_of_the_machine(hand: Hand, monkeypatch: pytest.MonkeyPatch) -> None:

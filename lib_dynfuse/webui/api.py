@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import reprlib
 from collections.abc import Mapping
@@ -9,10 +10,11 @@ from typing import Any
 
 from lib_dynfuse import __version__
 from lib_dynfuse.core.strategies import Parameter, strategies
-from lib_dynfuse.options import FIELDS, PRESETS, Options, OptionsError
+from lib_dynfuse.guidance.pictures import PictureError
+from lib_dynfuse.options import FIELDS, PRESETS, OptionsError
 from lib_dynfuse.trace import pictures
-from lib_dynfuse.webui import traces
-from lib_dynfuse.webui.arguments import ORDER, PICTURES, read_arguments
+from lib_dynfuse.webui import references, traces
+from lib_dynfuse.webui.arguments import ORDER, read_arguments
 from lib_dynfuse.webui.generation import TITLE, TRACE_KEY
 
 PREFIX = "/dynfuse/v1"
@@ -129,7 +131,8 @@ def _trace_route(id: str = "", format: str = "json", image: int | None = None) -
 def wrong_arguments(body: Any) -> str:
     """What is wrong with what a txt2img or img2img request says to us, in one line; empty if nothing is.
 
-    body: the request's parsed JSON. The host itself drops what it does not know without a word.
+    body: the request's parsed JSON. The host itself drops what it does not know without a word. Of reference pictures
+    only the headers are looked at: decoding is for the one generation whose turn it is.
     """
     scripts = body.get("alwayson_scripts") if isinstance(body, Mapping) else None
     if not isinstance(scripts, Mapping):
@@ -151,39 +154,24 @@ def _wrong_entry(entry: Any) -> str:
     if args and isinstance(args[0], Mapping) and len(args) > 1:
         return f"args: nothing may follow the object; {shape}"
     try:
-        return _unreadable(read_arguments(args))
-    except OptionsError as error:
+        references.given(read_arguments(args), uploads={})
+    except (OptionsError, PictureError) as error:
         return str(error)
-
-
-def _unreadable(options: Options) -> str:
-    """Which of the given pictures cannot be read, and why; empty if all can."""
-    given = [(name, source) for name in PICTURES for source in getattr(options, name)]
-    if not given:
-        return ""
-    from lib_dynfuse.guidance.references import PictureError, read_picture
-
-    for name, source in given:
-        try:
-            read_picture(source)
-        except PictureError as error:
-            return f"{name}: {error}"
     return ""
 
 
 def _check_before(route: Any) -> None:
-    """Let a route answer 422 to arguments that are wrong, after its own checks and before it generates."""
+    """Let a route answer 422 to arguments that are wrong: once the host has found the request right, before it
+    generates."""
     from fastapi import HTTPException
-    from fastapi.concurrency import run_in_threadpool
-    from fastapi.dependencies.models import Dependant
 
-    async def check(request: Any) -> None:
-        try:
-            body = await request.json()
-        except ValueError:
-            return  # not JSON: the route says so itself
-        if said := await run_in_threadpool(wrong_arguments, body):  # it may have pictures to open
-            raise HTTPException(422, said)
+    answer = route.dependant.call
 
-    # Made by hand: what reads signatures would look for the request's type among this module's names.
-    route.dependant.dependencies.append(Dependant(call=check, request_param_name="request", path=route.path))
+    @functools.wraps(answer)
+    def checked(**values: Any) -> Any:
+        for request in values.values():
+            if said := wrong_arguments({"alwayson_scripts": getattr(request, "alwayson_scripts", None)}):
+                raise HTTPException(422, said)
+        return answer(**values)
+
+    route.dependant.call = checked

@@ -14,6 +14,7 @@ from PIL import Image
 
 from lib_dynfuse import guides
 from lib_dynfuse.errors import DynFuseError, without_folders
+from lib_dynfuse.guidance.pictures import PictureError
 from lib_dynfuse.guidance.scores import as_text, best
 from lib_dynfuse.hosts.base import Unsupported
 from lib_dynfuse.hosts.detect import detect
@@ -21,7 +22,7 @@ from lib_dynfuse.options import INFOTEXT_KEY
 from lib_dynfuse.roles import lora_tags
 from lib_dynfuse.session import Session, close_all
 from lib_dynfuse.trace import Record
-from lib_dynfuse.webui import guided, settings, traces, xyz
+from lib_dynfuse.webui import guided, references, settings, traces, xyz
 from lib_dynfuse.webui.arguments import read_arguments
 
 TITLE = "DynFuse"
@@ -71,6 +72,7 @@ def begin(p: Any, args: Sequence[Any]) -> None:
     """Reads the options; from here on the generation is ours to fuse, if they say so."""
     forget(p)
     settings.apply_log_level()
+    uploads = references.uploads_in(args)
     try:
         options = read_arguments(args, xyz.overrides(p))
         if not options.enabled:
@@ -83,23 +85,28 @@ def begin(p: Any, args: Sequence[Any]) -> None:
         session.tell(f"the rule {options.strategy} has no {name}: it changes nothing")
     generation = _Generation(id(p), session)
     p._dynfuse = generation
-    p.extra_generation_params.update(options.infotext())
+    given: references.Given | None = None
+    try:
+        given = references.given(options, uploads)
+    except PictureError as error:
+        session.tell(f"not nudged: {error}" if options.nudge else f"not scored: {error}")
+    p.extra_generation_params.update(options.infotext(references.described(given or {})))
     p.extra_generation_params[CHOSEN_KEY] = _chosen
-    if options.compares:
-        _begin_guiding(p, generation)
+    if options.compares and given is not None:
+        _begin_guiding(p, generation, given)
+    if generation.guidance is None and options.keep_best:
+        session.tell("all pictures are kept: without references none is better than another")
 
 
-def _begin_guiding(p: Any, generation: _Generation) -> None:
+def _begin_guiding(p: Any, generation: _Generation, given: references.Given) -> None:
     session = generation.session
     try:
-        generation.guidance = guided.begin(p, session.options, session.host, session.tell)
+        generation.guidance = guided.begin(p, session.options, session.host, given, session.tell)
     except Exception as error:
         _log.exception("guidance could not begin")
         session.tell(f"not nudged: {type(error).__name__}: {error}")
     if generation.guidance is not None:
         p.extra_generation_params[SCORES_KEY] = _scores
-    elif session.options.keep_best:
-        session.tell("all pictures are kept: without references none is better than another")
 
 
 def _tell(p: Any, line: str) -> None:

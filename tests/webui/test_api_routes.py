@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 
 pytest.importorskip("fastapi")
@@ -10,6 +13,7 @@ pytest.importorskip("httpx")
 import fastapi
 from fastapi.testclient import TestClient
 from pydantic import BaseModel
+from reference_files import png
 from test_api import record
 
 from lib_dynfuse.webui import api, traces
@@ -97,6 +101,39 @@ def test_our_routes_ask_for_the_hosts_password(path: str, name: str):
     address = path.format(name)
     assert host(guarded=True).get(address).status_code == 401
     assert host(guarded=True).get(f"{address}key=secret").status_code == 200
+
+
+NUDGED = {"enabled": True, "nudge": True, "subject_references": ["/etc/hostname"]}
+
+
+def test_a_form_of_another_site_reaches_nothing_of_ours(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(api, "wrong_arguments", lambda body: pytest.fail("looked at"))
+    body = {"alwayson_scripts": {"DynFuse": {"args": [NUDGED]}}}
+    for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x"):
+        answer = host().post(api.CHECKED_ROUTES[0], content=json.dumps(body), headers={"Content-Type": kind})
+        assert answer.status_code == 422
+
+
+def test_pictures_are_looked_at_only_once_the_host_has_found_the_request_right(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(api, "wrong_arguments", lambda body: pytest.fail("looked at"))
+    answer = host().post(
+        api.CHECKED_ROUTES[0], json={"prompt": [], "alwayson_scripts": {"DynFuse": {"args": [NUDGED]}}}
+    )
+    assert answer.status_code == 422
+    assert answer.json()["detail"][0]["loc"] == ["body", "prompt"]
+
+
+@pytest.mark.parametrize("path", api.CHECKED_ROUTES)
+def test_a_path_is_answered_without_a_word_of_what_is_there(path: str, tmp_path: Path, allowed: list[str]):
+    (tmp_path / "there.png").write_bytes(png())
+    answers = set()
+    for name in ("there.png", "not.png", ""):
+        given = {**NUDGED, "subject_references": [str(tmp_path / name)]}
+        answer = host().post(path, json={"alwayson_scripts": {"DynFuse": {"args": [given]}}})
+        assert answer.status_code == 422
+        answers.add(answer.text)
+    (said,) = answers
+    assert str(tmp_path) not in said
 
 
 def test_the_password_comes_before_our_complaint():

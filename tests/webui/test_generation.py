@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from lib_dynfuse import session as sessions
 from lib_dynfuse.core.delta import LowRank
 from lib_dynfuse.core.types import Role, Row
+from lib_dynfuse.guidance.pictures import PictureFile
 from lib_dynfuse.hosts.base import Before, Layers, Place, Tag, Unsupported
 from lib_dynfuse.webui import generation, guided, traces
 
@@ -288,6 +290,48 @@ def test_a_picture_that_is_not_fused_has_no_trace(hand: Hand) -> None:
     processed = SimpleNamespace()
     generation.finish(p, processed)
     assert "DynFuse trace" not in processed.extra_generation_params
+
+
+@pytest.mark.parametrize("axis", [False, True])
+def test_a_path_in_a_request_is_not_read_and_not_repeated(
+    hand: Hand, axis: bool, tmp_path: Any, picture: bytes, allowed: list[str]
+) -> None:
+    secret = tmp_path / "secret.png"
+    secret.write_bytes(picture)
+    given = {"subject_references": [str(secret)]}
+    p = processing(**({"_dynfuse_overrides": given} if axis else {}))
+    generation.begin(p, [{"enabled": True, "score": True, **({} if axis else given)}])
+    sessions.close_all()
+    assert p.comments[0].startswith("DynFuse: not scored: subject_references: picture 1: is neither a picture")
+    said = " ".join([*p.comments, *map(str, written(p).values())])
+    assert str(tmp_path) not in said
+    assert "secret" not in said
+    assert hashlib.sha256(picture).hexdigest()[:10] not in said
+    assert written(p)["DynFuse subject references"] == "1 picture"
+
+
+def test_a_picture_s_fingerprint_is_written_and_the_picture_decoded_once(
+    hand: Hand, text: str, picture: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded: list[str] = []
+    real = PictureFile.decode
+    monkeypatch.setattr(PictureFile, "decode", lambda self: decoded.append(self.name) or real(self))  # type: ignore[func-returns-value]
+
+    def prepare(options: Any, find: Callable[[Role], Any], *_: Any) -> None:
+        assert [None if (found := find(role)) is None else len(found) for role in Role] == [2, None]
+
+    monkeypatch.setattr(guided, "prepare", prepare)
+    monkeypatch.setattr(guided, "_preview", lambda p, role: None)
+    monkeypatch.setattr(guided, "_device", lambda: None)
+    monkeypatch.setattr(guided, "_dtype", lambda: None)
+    monkeypatch.setattr(guided.settings, "encoder_folder", lambda: None)
+    p = processing()
+    given = {"subject_references": [text, text], "references": "given"}
+    generation.begin(p, [{"enabled": True, "score": True, **given}])
+    sessions.close_all()
+    name = hashlib.sha256(picture).hexdigest()[:10]
+    assert written(p)["DynFuse subject references"] == f"2 pictures {name} {name}"
+    assert decoded == ["subject_references: picture 1", "subject_references: picture 2"]
 
 
 def test_no_note_has_a_path_of_the_machine(hand: Hand, monkeypatch: pytest.MonkeyPatch) -> None:

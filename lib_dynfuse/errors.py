@@ -1,12 +1,18 @@
-"""The one exception that is meant for a person to read, and how a value from outside is shown in its message."""
+"""The one exception that is meant for a person to read, how a value from outside is shown in its message, and what
+keeps the machine's paths out of other messages."""
 
 from __future__ import annotations
 
+import re
 import reprlib
 
 # Letters of a value from outside in a message: a prompt, a file or a request may be megabytes.
 MOST_SHOWN = 200
 _ELLIPSIS = "..."
+# The folders of an absolute path: a POSIX one, one with a drive letter, one of another machine.
+_ROOT = r"(?:(?<![\w./\\])/(?!/)|(?<![\w.])[A-Za-z]:[\\/]|(?<![\w.\\])\\\\)"
+_QUOTED_FOLDERS = re.compile(rf"(?<=['\"]){_ROOT}[^'\"\n]*[\\/](?=[^'\"\n\\/]+['\"])")
+_FOLDERS = re.compile(rf"{_ROOT}(?:[^\s'\"\\/]+[\\/]+)+")
 
 
 class DynFuseError(ValueError):
@@ -39,3 +45,11 @@ def quoted(value: object, most: int = MOST_SHOWN) -> str:
 def writable(text: str) -> str:
     """`text` with an escape for every half of a surrogate pair: no file, terminal or answer can take one alone."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def without_folders(text: str) -> str:
+    """A message in which of every absolute path its last name is left.
+
+    For what libraries say. A folder with a space in its name is known as one only where the path is quoted.
+    """
+    return _FOLDERS.sub("", _QUOTED_FOLDERS.sub("", text))

@@ -15,6 +15,7 @@ import numpy as np
 import typer
 
 from lib_dynfuse.errors import DynFuseError, shown, writable
+from lib_dynfuse.guidance.pictures import PictureFile, fingerprints
 from lib_dynfuse.guidance.scores import as_text, best
 from lib_dynfuse.infotext import infotext
 from lib_dynfuse.options import FIELDS, INFOTEXT_KEY, Options, OptionsError
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from lib_dynfuse.trace import Record
 
 SCORES_KEY = f"{INFOTEXT_KEY} scores"
+# Reference pictures by their option's name.
+Given = Mapping[str, Sequence[PictureFile]]
 
 _MODEL, _PICTURE, _RULE = "The model", "The picture", "How LoRAs are fused"
 _NUDGE = "Nudges towards reference pictures, and scores"
@@ -186,10 +189,11 @@ def generate(
             {"enabled": fuse, "trace": trace, "parameters": _assignments(parameters or []), **chosen}
         )
         first = random.SystemRandom().randrange(2**32 - batch) if seed < 0 else seed
+        given: Given = {}
         if options.compares:
-            from lib_dynfuse.compared import check_given
+            from lib_dynfuse.compared import open_given
 
-            check_given(options)
+            given = open_given(options)
         written = _generate(
             _open(model, lora_dir, prompt, out, device, config),
             model,
@@ -205,6 +209,7 @@ def generate(
                 "size": _size(size),
                 "sampler": sampler or None,
             },
+            given,
         )
     for path in written:
         typer.echo(writable(str(path)))
@@ -246,6 +251,7 @@ def _generate(
     out: Path,
     seeds: Sequence[int],
     settings: dict[str, Any],
+    given: Given,
 ) -> list[Path]:
     import torch
 
@@ -257,7 +263,7 @@ def _generate(
             say(f"the rule {options.strategy} has no {name}: it changes nothing")
     trace = Trace(passes=settings["steps"], tokens=options.strategy == "kl-token") if fused and options.trace else None
     try:
-        guidance, guide = _guide(host, model, models, options, seeds, settings)
+        guidance, guide = _guide(host, model, models, options, seeds, settings, given)
         images = host.generate(options=options, seeds=seeds, trace=trace, guide=guide, progress=True, **settings)
         scores = guidance.scores(_tensors(images), range(len(images))) if guidance is not None else []
     except torch.cuda.OutOfMemoryError as error:
@@ -274,7 +280,7 @@ def _generate(
                 "Seed": seeds[index],
                 "Size": f"{width}x{height}",
                 "Model": writable(host.name),
-                **_described(options, fused, guidance is not None),
+                **_described(options, fused, guidance is not None, given),
                 SCORES_KEY: as_text(scores[index]) if scores else None,
             }
             files.picture(place, images[index], infotext(settings["prompt"], settings["negative"], values))
@@ -290,14 +296,20 @@ def _generate(
 
 
 def _guide(
-    host: Any, model: Path, models: Path, options: Options, seeds: Sequence[int], settings: dict[str, Any]
+    host: Any,
+    model: Path,
+    models: Path,
+    options: Options,
+    seeds: Sequence[int],
+    settings: dict[str, Any],
+    given: Given,
 ) -> tuple[Guidance | None, Guide | None]:
     """What scores the pictures, and what nudges them; nothing is loaded where neither is wanted."""
     if not options.compares:
         return None, None
     from lib_dynfuse import compared
 
-    guidance = compared.guidance(host, model, options, seeds, settings, models, say)
+    guidance = compared.guidance(host, model, options, seeds, settings, models, say, given=given)
     if guidance is None or guidance.nudge is None:
         return guidance, None
     return guidance, guidance.guide(range(len(seeds)), seeds, host.decoder(options.nudge_decoder, models))
@@ -319,11 +331,12 @@ def _record(trace: Any, guide: Guide | None, options: Options) -> Record | None:
     return record
 
 
-def _described(options: Options, fused: bool, compared: bool) -> dict[str, str]:
+def _described(options: Options, fused: bool, compared: bool, given: Given) -> dict[str, str]:
     """The options for a picture's infotext. Where nothing was fused but guidance was at work, the LoRAs were added."""
-    if fused or not compared:
-        return options.infotext() if fused else {}
-    return Options(**{**vars(options), "enabled": True, "strategy": "sum", "parameters": {}}).infotext()
+    if not (fused or compared):
+        return {}
+    written = options if fused else Options(**{**vars(options), "enabled": True, "strategy": "sum", "parameters": {}})
+    return written.infotext({name: fingerprints(pictures) for name, pictures in given.items()})
 
 
 def _tensors(images: Sequence[Any]) -> Tensor:

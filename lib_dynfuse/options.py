@@ -19,7 +19,6 @@ from lib_dynfuse import __version__
 from lib_dynfuse.core.rules import Strategy
 from lib_dynfuse.core.strategies import Parameter, StrategyInfo, strategies, strategy
 from lib_dynfuse.errors import MOST_SHOWN, DynFuseError, quoted, shown, writable
-from lib_dynfuse.fingerprint import fingerprint
 
 INFOTEXT_KEY = "DynFuse"
 # What tests/bench/NOTES.md speaks for, with the two switches and the sampled tokens below.
@@ -256,11 +255,11 @@ class Options(BaseModel, extra="forbid"):
             name for name in _shared_names() if name not in applying and getattr(self, name) != getattr(defaults, name)
         ]
 
-    def infotext(self) -> dict[str, str]:
+    def infotext(self, fingerprints: Mapping[str, str] | None = None) -> dict[str, str]:
         """Infotext keys and values: the version, the rule, and whatever is not at its default; nothing when off.
 
-        Options of guidance are written where they matter; reference pictures as their number and the beginning of
-        each one's sha256.
+        Options of guidance are written where they matter; reference pictures as their number and, where `fingerprints`
+        has it by the option's name, what tells them from others. No picture is opened for it.
         """
         if not self.enabled:
             return {}
@@ -271,13 +270,13 @@ class Options(BaseModel, extra="forbid"):
             if option.name in NOT_IN_INFOTEXT or not self.matters(option.name):
                 continue
             if option.name == "strategy" or value != getattr(defaults, option.name):
-                written[option.key] = _written(value)
+                written[option.key] = _written(value, (fingerprints or {}).get(option.name, ""))
         return written
 
 
-def _written(value: Any) -> str:
+def _written(value: Any, fingerprints: str) -> str:
     if isinstance(value, list):
-        return " ".join([f"{len(value)} picture{'s' if len(value) > 1 else ''}", *(fingerprint(one) for one in value)])
+        return f"{len(value)} picture{'s' if len(value) > 1 else ''} {fingerprints}".strip()
     return json.dumps(value, sort_keys=True) if isinstance(value, dict) else str(value)
 
 
@@ -309,7 +308,9 @@ class Option:
         if isinstance(self.default, dict):
             return "see the rules"
         return (
-            "a list of paths, base64 or data URLs" if isinstance(self.default, list) else "a name, a folder or a file"
+            "a list of base64 or data URLs, and of paths where these are allowed"
+            if isinstance(self.default, list)
+            else "a name, a folder or a file"
         )
 
 

@@ -20,18 +20,12 @@ from lib_dynfuse.trace import Record, Trace
 
 _log = logging.getLogger("lib_dynfuse")
 _open: list[Session] = []
-_last: Record | None = None
 
 
 def close_all() -> None:
     """Close whatever an interrupted generation left behind."""
     while _open:
         _open[-1].close()
-
-
-def last_record() -> Record | None:
-    """What was chosen in the last batch of pictures that was fused; None before the first."""
-    return _last
 
 
 class Session:
@@ -239,7 +233,6 @@ class Session:
     def finish_batch(self) -> Record | None:
         """The pictures of a batch are sampled: give everything back. Returns what was chosen and how the nudges went,
         None where there is nothing of either."""
-        global _last
         trace, guide = self._trace, self._guide
         self.close()
         if trace is None:
@@ -251,7 +244,6 @@ class Session:
                 self.tell(reason)
         if not record.layers and not record.nudges:
             return None
-        _last = record
         return record
 
     def close(self) -> None:

@@ -13,7 +13,8 @@ import numpy as np
 from PIL import Image
 
 from lib_dynfuse import guides
-from lib_dynfuse.errors import DynFuseError
+from lib_dynfuse.errors import DynFuseError, without_folders
+from lib_dynfuse.guidance.pictures import PictureError
 from lib_dynfuse.guidance.scores import as_text, best
 from lib_dynfuse.hosts.base import Unsupported
 from lib_dynfuse.hosts.detect import detect
@@ -21,13 +22,15 @@ from lib_dynfuse.options import INFOTEXT_KEY
 from lib_dynfuse.roles import lora_tags
 from lib_dynfuse.session import Session, close_all
 from lib_dynfuse.trace import Record
-from lib_dynfuse.webui import guided, settings, xyz
+from lib_dynfuse.webui import guided, references, settings, traces, xyz
 from lib_dynfuse.webui.arguments import read_arguments
 
 TITLE = "DynFuse"
 NOTE_KEY = f"{INFOTEXT_KEY} note"
 CHOSEN_KEY = f"{INFOTEXT_KEY} chosen"
 SCORES_KEY = f"{INFOTEXT_KEY} scores"
+# Of the API's answer alone: whoever knows it may have the record.
+TRACE_KEY = f"{INFOTEXT_KEY} trace"
 _log = logging.getLogger("lib_dynfuse")
 
 
@@ -69,6 +72,7 @@ def begin(p: Any, args: Sequence[Any]) -> None:
     """Reads the options; from here on the generation is ours to fuse, if they say so."""
     forget(p)
     settings.apply_log_level()
+    uploads = references.uploads_in(args)
     try:
         options = read_arguments(args, xyz.overrides(p))
         if not options.enabled:
@@ -81,27 +85,34 @@ def begin(p: Any, args: Sequence[Any]) -> None:
         session.tell(f"the rule {options.strategy} has no {name}: it changes nothing")
     generation = _Generation(id(p), session)
     p._dynfuse = generation
-    p.extra_generation_params.update(options.infotext())
+    given: references.Given | None = None
+    try:
+        given = references.given(options, uploads)
+    except PictureError as error:
+        session.tell(f"not nudged: {error}" if options.nudge else f"not scored: {error}")
+    p.extra_generation_params.update(options.infotext(references.described(given or {})))
     p.extra_generation_params[CHOSEN_KEY] = _chosen
-    if options.compares:
-        _begin_guiding(p, generation)
+    if options.compares and given is not None:
+        _begin_guiding(p, generation, given)
+    if generation.guidance is None and options.keep_best:
+        session.tell("all pictures are kept: without references none is better than another")
 
 
-def _begin_guiding(p: Any, generation: _Generation) -> None:
+def _begin_guiding(p: Any, generation: _Generation, given: references.Given) -> None:
     session = generation.session
     try:
-        generation.guidance = guided.begin(p, session.options, session.host, session.tell)
+        generation.guidance = guided.begin(p, session.options, session.host, given, session.tell)
     except Exception as error:
         _log.exception("guidance could not begin")
         session.tell(f"not nudged: {type(error).__name__}: {error}")
     if generation.guidance is not None:
         p.extra_generation_params[SCORES_KEY] = _scores
-    elif session.options.keep_best:
-        session.tell("all pictures are kept: without references none is better than another")
 
 
 def _tell(p: Any, line: str) -> None:
-    """Where the person looks: under the picture, in its infotext, and in the log."""
+    """Where the person looks: under the picture, in its infotext, and in the log. A library's message may have paths of
+    the machine in it, which are nobody's business there."""
+    line = without_folders(line)
     p.comment(f"{TITLE}: {line}")
     notes = p.extra_generation_params.get(NOTE_KEY)
     p.extra_generation_params[NOTE_KEY] = f"{notes}; {line}" if notes else line
@@ -223,9 +234,7 @@ def finish(p: Any, processed: Any) -> None:
     _rest()
     if generation is None:
         return
-    if generation.all_scores:
-        # The text of every picture is written by now: this is for who reads the answer of the API.
-        p.extra_generation_params[SCORES_KEY] = generation.all_scores
+    _answer(p, processed, generation)
     if not generation.session.options.trace:
         return
     place = processed.index_of_first_image
@@ -234,6 +243,22 @@ def finish(p: Any, processed: Any) -> None:
             if record is not None and image in record.images and place < len(processed.images):
                 _append(p, processed, record, image, place)
             place += 1
+
+
+def _answer(p: Any, processed: Any, generation: _Generation) -> None:
+    """What the API's answer says beside the pictures. It is no part of `p`: a grid's infotext is still to be written
+    from that, and what writes an infotext calls our functions, which some hosts cannot put into an answer."""
+    values = {key: value for key, value in p.extra_generation_params.items() if not callable(value)}
+    if generation.all_scores:
+        values[SCORES_KEY] = generation.all_scores
+    names: list[str | None] = []
+    for record, kept in generation.records:
+        known = [] if record is None else [image for image in kept if image in record.images]
+        named = dict(zip(known, traces.kept.keep(record, known), strict=True)) if record is not None else {}
+        names += [named.get(image) for image in kept]
+    if any(names):
+        values[TRACE_KEY] = names
+    processed.extra_generation_params = values
 
 
 def _rest() -> None:

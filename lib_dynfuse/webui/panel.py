@@ -17,6 +17,7 @@ from lib_dynfuse.hosts.detect import detect
 from lib_dynfuse.options import DEFAULT_STRATEGY, FIELDS, PRESETS, Option, Options, OptionsError, with_preset
 from lib_dynfuse.webui.arguments import ORDER, PICTURES, format_parameters, parse_parameters
 from lib_dynfuse.webui.infotext import paste_value
+from lib_dynfuse.webui.references import is_upload
 
 _OPTIONS = {option.name: option for option in FIELDS}
 # Not needed for a first picture, so folded away; two and two in a row.
@@ -218,7 +219,7 @@ def _component(name: str, elem_id: Callable[[str], str]) -> Any:
         )  # fmt: skip
     if name in PICTURES:
         del shared["info"]
-        return gr.File(None, file_count="multiple", file_types=["image"], height=_FILES_HEIGHT, **shared)
+        return _of_uploads(gr.File(None, file_count="multiple", file_types=["image"], height=_FILES_HEIGHT, **shared))
     if option.choices:
         return gr.Dropdown(list(option.choices), value=option.default, **shared)
     enabled = name not in _OF_RULES or rule_has(DEFAULT_STRATEGY, name)
@@ -229,6 +230,22 @@ def _component(name: str, elem_id: Callable[[str], str]) -> Any:
     return gr.Slider(
         option.minimum, option.maximum, value=option.default, step=_step(option), interactive=enabled, **shared
     )
+
+
+def _of_uploads(files: Any) -> Any:
+    """A file input that takes uploads alone: gradio 3 reads, copies and serves whatever file a request names."""
+    if not hasattr(files, "make_temp_copy_if_needed"):
+        return files  # gradio 4 looks itself
+    preprocess = files.preprocess
+
+    def checked(given: Any) -> Any:
+        for one in given if isinstance(given, list) else [given]:
+            if one is not None and one.get("is_file") and not is_upload(str(one.get("name"))):
+                raise ValueError(f"{files.label}: this file was not uploaded here")
+        return preprocess(given)
+
+    files.preprocess = checked
+    return files
 
 
 def _host() -> tuple[Host | None, str]:

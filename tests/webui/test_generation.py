@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
@@ -16,8 +18,9 @@ from torch import Tensor, nn
 from lib_dynfuse import session as sessions
 from lib_dynfuse.core.delta import LowRank
 from lib_dynfuse.core.types import Role, Row
+from lib_dynfuse.guidance.pictures import PictureFile
 from lib_dynfuse.hosts.base import Before, Layers, Place, Tag, Unsupported
-from lib_dynfuse.webui import generation
+from lib_dynfuse.webui import generation, guided, traces
 
 LORAS = {"lora": [Tag("fox", 1.0, Role.SUBJECT), Tag("ink", 0.9, Role.STYLE)]}
 NONE: dict[str, list[Any]] = {"lora": []}
@@ -250,3 +253,95 @@ def test_an_inner_generation_does_not_disturb_the_outer_one(hand: Hand) -> None:
     fused = sample(outer, hand)
     assert not torch.equal(fused, hand.unet(torch.ones(2, 4, 6)))
     generation.finish(outer, SimpleNamespace())
+
+
+def test_a_picture_s_own_trace_is_named_in_the_answer_and_nowhere_else(
+    hand: Hand, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(traces, "kept", traces.Traces())
+    p = processing(batch_size=2, all_prompts=["a <lora:fox:1>"] * 4)
+    generation.begin(p, [{"enabled": True}])
+    for p.iteration in (0, 1):
+        sample(p, hand, images=2)
+    processed = SimpleNamespace(extra_generation_params=p.extra_generation_params)
+    generation.finish(p, processed)
+    names = processed.extra_generation_params["DynFuse trace"]
+    found = [traces.kept.find(name) for name in names]
+    assert [one[1] for one in found if one is not None] == [0, 1, 0, 1]
+    assert found[0][0] is found[1][0] is not found[2][0]  # type: ignore[index]
+    assert len(set(names)) == 4
+    assert all(len(name) >= 20 for name in names)
+    assert "DynFuse trace" not in written(p), "a grid's infotext is written from this afterwards"
+
+
+def test_the_answer_can_be_written_as_json(hand: Hand) -> None:
+    p = processing()
+    generation.begin(p, [{"enabled": True}])
+    sample(p, hand)
+    processed = SimpleNamespace()
+    generation.finish(p, processed)
+    assert json.loads(json.dumps(processed.extra_generation_params))["DynFuse strategy"] == "kl-cfg"
+
+
+def test_a_picture_that_is_not_fused_has_no_trace(hand: Hand) -> None:
+    p = processing()
+    generation.begin(p, [{"enabled": True}])
+    sample(p, hand, NONE)
+    processed = SimpleNamespace()
+    generation.finish(p, processed)
+    assert "DynFuse trace" not in processed.extra_generation_params
+
+
+@pytest.mark.parametrize("axis", [False, True])
+def test_a_path_in_a_request_is_not_read_and_not_repeated(
+    hand: Hand, axis: bool, tmp_path: Any, picture: bytes, allowed: list[str]
+) -> None:
+    secret = tmp_path / "secret.png"
+    secret.write_bytes(picture)
+    given = {"subject_references": [str(secret)]}
+    p = processing(**({"_dynfuse_overrides": given} if axis else {}))
+    generation.begin(p, [{"enabled": True, "score": True, **({} if axis else given)}])
+    sessions.close_all()
+    assert p.comments[0].startswith("DynFuse: not scored: subject_references: picture 1: is neither a picture")
+    said = " ".join([*p.comments, *map(str, written(p).values())])
+    assert str(tmp_path) not in said
+    assert "secret" not in said
+    assert hashlib.sha256(picture).hexdigest()[:10] not in said
+    assert written(p)["DynFuse subject references"] == "1 picture"
+
+
+def test_a_picture_s_fingerprint_is_written_and_the_picture_decoded_once(
+    hand: Hand, text: str, picture: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded: list[str] = []
+    real = PictureFile.decode
+    monkeypatch.setattr(PictureFile, "decode", lambda self: decoded.append(self.name) or real(self))  # type: ignore[func-returns-value]
+
+    def prepare(options: Any, find: Callable[[Role], Any], *_: Any) -> None:
+        assert [None if (found := find(role)) is None else len(found) for role in Role] == [2, None]
+
+    monkeypatch.setattr(guided, "prepare", prepare)
+    monkeypatch.setattr(guided, "_preview", lambda p, role: None)
+    monkeypatch.setattr(guided, "_device", lambda: None)
+    monkeypatch.setattr(guided, "_dtype", lambda: None)
+    monkeypatch.setattr(guided.settings, "encoder_folder", lambda: None)
+    p = processing()
+    given = {"subject_references": [text, text], "references": "given"}
+    generation.begin(p, [{"enabled": True, "score": True, **given}])
+    sessions.close_all()
+    name = hashlib.sha256(picture).hexdigest()[:10]
+    assert written(p)["DynFuse subject references"] == f"2 pictures {name} {name}"
+    assert decoded == ["subject_references: picture 1", "subject_references: picture 2"]
+
+
+def test_no_note_has_a_path_of_the_machine(hand: Hand, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> Any:
+        raise FileNotFoundError(2, "No such file or directory", "/srv/my webui/models/dynfuse/clip.safetensors")
+
+    monkeypatch.setattr(guided, "begin", fail)
+    p = processing()
+    generation.begin(p, [{"enabled": True, "nudge": True}])
+    sessions.close_all()
+    assert p.comments == [f"DynFuse: {written(p)['DynFuse note']}"]
+    assert "No such file or directory: 'clip.safetensors'" in p.comments[0]
+    assert "srv" not in p.comments[0]

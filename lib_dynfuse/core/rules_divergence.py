@@ -151,16 +151,16 @@ class KLToken(DivergenceStrategy):
 class KLCfg(_PerItem):
     """y0 + a w_s g_s d_s + b w_t p g_t d_t, w = 1 for the winner of `kl` and `loser` for the other one.
 
-    g = min(lift, level / m), m the geometric mean of |d| / |y0| over the layers of the first step: LoRAs of one
-    strength are not all as loud, and fusion should not hang on that. p = 1 / sqrt(1 + (|g_t d_t| / (ceiling |y0|))^2)
-    for every token: a style that is louder than the layer itself covers the subject. In the negative prompt's half b
-    is smaller, as in `sum-cfg`: guidance goes from that half's prediction towards the prompt's and brings out what
-    only the latter has.
+    g = min(lift, level / m), m the geometric mean of |d| / |y0| over the layers of the first step: a network that is
+    louder than its level is turned down to it; with `lift` above 1 one that is quieter is turned up.
+    p = 1 / sqrt(1 + (|g_t d_t| / (ceiling |y0|))^2) for every token: a style that is louder than the layer itself
+    covers the subject. In the negative prompt's half b is smaller, as in `sum-cfg`: guidance goes from that half's
+    prediction towards the prompt's and brings out what only the latter has.
     """
 
     name: ClassVar[str] = "kl-cfg"
     help: ClassVar[str] = (
-        "Adds both, less of the one that kl would drop; brings each to a loudness of its own, whatever its strength, "
+        "Adds both, less of the one that kl would drop; turns each down to a loudness of its own where it is louder, "
         "presses a loud style down, and gives the negative prompt's half less of it."
     )
     source: ClassVar[str] = "ours"

@@ -183,6 +183,11 @@ class Fusion:
         return [pair.name for pair in self._pairs]
 
     @property
+    def covered(self) -> list[str]:
+        """The layers to which something may be added."""
+        return [layer.name for layer in self._layers if layer.parts]
+
+    @property
     def unreached(self) -> list[str]:
         """The covered layers that no forward pass has called since this was entered: all of them before the first
         pass; after it those that the model does not use, or not as modules, as when it is compiled."""

@@ -88,7 +88,7 @@ def _preview(folder: Path | None, tags: Sequence[LoraTag]) -> Path | None:
 
 
 class _Alone:
-    """Makes, or finds again, each seed's picture without the other role's LoRAs (METHOD.md, section 1)."""
+    """Makes, or finds again, each seed's picture without the other role's LoRAs (docs/method.md, section 1)."""
 
     def __init__(
         self,

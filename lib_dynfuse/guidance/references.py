@@ -1,6 +1,6 @@
 """The pictures that guidance compares with: given by a person, a LoRA's preview on disk, or made by that LoRA alone.
 
-METHOD.md, section 3. Pictures made are kept on disk, so that they are made once.
+docs/method.md, section 3. Pictures made are kept on disk, so that they are made once.
 """
 
 from __future__ import annotations

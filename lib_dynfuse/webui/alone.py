@@ -1,6 +1,6 @@
 """Pictures by one role's LoRAs alone, made in the WebUI itself: what guidance compares with where nothing was given.
 
-METHOD.md, section 1: "image generated with the subject LoRA alone". They are made in the script's `process`, when
+docs/method.md, section 1: "image generated with the subject LoRA alone". They are made in the script's `process`, when
 prompts and seeds of a run are known and nothing of it has begun.
 """
 

@@ -3,12 +3,14 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import math
 import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -161,6 +163,24 @@ def test_reference_pictures_are_written_as_their_number_and_what_is_in_them(tmp_
 def test_what_is_no_picture_has_a_name_in_the_infotext_too(source: str):
     (shown,) = {Options(enabled=True, score=True, style_references=[source]).infotext()["DynFuse style references"]}
     assert re.fullmatch("1 picture [0-9a-f]{10}", shown)
+
+
+@pytest.mark.parametrize(
+    "rule", [info.name for info in strategies().values() if any(one.name == "balance" for one in info.parameters)]
+)
+def test_the_sliders_help_is_true_for_every_rule_that_has_it(rule: str):
+    """At its ends one role wins every layer; that the other one is left with nothing may be said of no rule alone."""
+    rule_at_work: Any = strategy(rule)
+    (subject, left_of_style), (left_of_subject, style) = (
+        [float(weight) for weight in rule_at_work.choose(torch.tensor([margin]))] for margin in (math.inf, -math.inf)
+    )
+    assert subject > left_of_subject
+    assert style > left_of_style
+    said = next(option.help for option in FIELDS if option.name == "balance")
+    assert "win every layer" in said
+    if left_of_style or left_of_subject:
+        assert "gives" not in said
+        assert "the rule says what the loser keeps" in said
 
 
 def test_choices_are_what_guidance_knows():

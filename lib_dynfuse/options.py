@@ -331,6 +331,10 @@ def _option(name: str, info: Any, kind: Any) -> Option:
 
 
 FIELDS: tuple[Option, ...] = _read_fields()
+# Options that say how LoRAs are fused.
+OF_FUSION = tuple(
+    option.name for option in FIELDS if option.name in ("strategy", "start", "stop", "parameters", *_DIVERGENCE)
+)
 # Options of guidance that say what pictures are compared with, and how.
 _COMPARED_WITH = tuple(
     option.name

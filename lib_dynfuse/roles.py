@@ -15,12 +15,23 @@ from dataclasses import dataclass
 from lib_dynfuse.core.types import Role
 from lib_dynfuse.errors import DynFuseError, quoted, shown
 
-__all__ = ["LoraTag", "Prompt", "Role", "RoleError", "lora_tags", "parse_prompt", "parse_role", "strengths"]
+__all__ = [
+    "LoraTag",
+    "Prompt",
+    "Role",
+    "RoleError",
+    "lora_tags",
+    "parse_prompt",
+    "parse_role",
+    "role_tags",
+    "strengths",
+]
 
 NO_ROLE = "none"
 _CHOICES = (*(role.value for role in Role), NO_ROLE)
 _KNOWN_PARTS = ("te", "unet", "dyn", "role")
 _TAG = re.compile(r"<(?:lora|lyco):([^>]*)>", re.IGNORECASE)
+_GIVES_ROLE = re.compile(rf":\s*role\s*=\s*(?!{NO_ROLE}\s*(?::|$))", re.IGNORECASE)
 # Far beyond what anybody writes; they bound what one prompt can cost.
 MOST_TAGS, MOST_PARTS = 200, 32
 _LONGEST_PART_NAME = 20
@@ -93,6 +104,11 @@ def strip_tags(prompt: str) -> str:
 def lora_tags(prompt: str) -> list[str]:
     """The LoRA tags of a prompt as they are written, readable or not."""
     return [match.group(0) for match in _found(prompt)]
+
+
+def role_tags(prompt: str) -> list[str]:
+    """The LoRA tags of a prompt that give a role, readable or not, as they are written."""
+    return [match.group(0) for match in _found(prompt) if _GIVES_ROLE.search(match.group(1))]
 
 
 def strengths(raw: str, positional: Sequence[str], named: Mapping[str, str]) -> tuple[float, float]:

@@ -44,6 +44,10 @@ class Session:
         self._say = say
         self._said: set[str] = set()
         self._strategy = options.make_strategy()
+        self.fused = False
+        """Whether a rule decides, or has decided, on a layer of this batch of pictures."""
+        self.roles: dict[Role, list[str]] = {}
+        """The LoRAs of either role, with their strengths, as the prompt has them that was read last."""
         self._active = False
         self._fusion: Fusion | None = None
         self._reports = LayerReports(self.tell)
@@ -102,8 +106,12 @@ class Session:
             return False
         for role, other in ((Role.SUBJECT, Role.STYLE), (Role.STYLE, Role.SUBJECT)):
             if not names[other]:
-                listed = shown(", ".join(names[role]))
-                self.tell(f"no LoRA has role={other.value}: nothing to choose from, {listed} is applied as it is")
+                are = "is applied as it is" if len(names[role]) == 1 else "are applied as they are"
+                self.tell(f"no LoRA has role={other.value}: nothing to choose from, {_listed(names[role])} {are}")
+        self.roles = names
+        plain = {tag.name for tag in tags if tag.role is None}
+        for name in dict.fromkeys(tag.name for tag in tags if tag.role is not None and tag.name in plain):
+            self.tell(f"{shown(name)} is in the prompt with a role and without one: write one tag for it")
         return True
 
     def _list(self) -> None:
@@ -151,6 +159,7 @@ class Session:
             )
             self._attached.callback(self.host.watch(self._before_unet))
             self._fusion = self._attached.enter_context(fusion)
+            self.fused = self.fused or bool(fusion.names)
         except (DynFuseError, Unsupported) as error:
             self._give_up(str(error))
         except Exception as error:
@@ -290,7 +299,7 @@ class Session:
     def close(self) -> None:
         """Everything is as it was before; safe to call again, and a session may be used again after it."""
         self._detach()
-        self._active = False
+        self._active = self.fused = False
         self._trace = self._guide = self._to_nudge = None
         self._first_step, self._last_step = 0, -1
         self.host.give_back()
@@ -300,6 +309,12 @@ class Session:
         self._fusion = None
         self._steps = 0
         self._attached.close()
+
+
+def _listed(names: Sequence[str]) -> str:
+    """ "fox 1", "fox 1 and ink 0.9", "fox 1, ink 0.9 and dots 1"."""
+    *first, last = names
+    return shown(f"{', '.join(first)} and {last}" if first else last)
 
 
 def _misfit(module: nn.Module, delta: Delta) -> str:

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -176,6 +178,24 @@ def test_reference_pictures_are_written_as_their_number_and_what_tells_them_from
     written = options.infotext({"subject_references": "0123456789 abcdef0123"})
     assert written["DynFuse subject references"] == "2 pictures 0123456789 abcdef0123"
     assert written["DynFuse style references"] == "1 picture"
+
+
+@pytest.mark.parametrize(
+    "rule", [info.name for info in strategies().values() if any(one.name == "balance" for one in info.parameters)]
+)
+def test_the_sliders_help_is_true_for_every_rule_that_has_it(rule: str):
+    """At its ends one role wins every layer; that the other one is left with nothing may be said of no rule alone."""
+    rule_at_work: Any = strategy(rule)
+    (subject, left_of_style), (left_of_subject, style) = (
+        [float(weight) for weight in rule_at_work.choose(torch.tensor([margin]))] for margin in (math.inf, -math.inf)
+    )
+    assert subject > left_of_subject
+    assert style > left_of_style
+    said = next(option.help for option in FIELDS if option.name == "balance")
+    assert "win every layer" in said
+    if left_of_style or left_of_subject:
+        assert "gives" not in said
+        assert "the rule says what the loser keeps" in said
 
 
 def test_choices_are_what_guidance_knows():

@@ -55,7 +55,12 @@ class DivergenceStrategy(Strategy):
 
     per_token: ClassVar[bool] = False
 
-    balance: float = number(0.0, -1.0, 1.0, "-1 gives every layer to the subject, +1 to the style, 0 is neutral.")
+    balance: float = number(
+        0.0,
+        -1.0,
+        1.0,
+        "-1 lets the subject win every layer, +1 the style, 0 favours neither; the rule says what the loser keeps.",
+    )
     auto_balance: bool = flag(
         False, "Evens out strengths: a louder network does not win everywhere, only where it is louder than usual."
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import io
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,13 +13,14 @@ import numpy as np
 from PIL import Image
 
 from lib_dynfuse import guides
-from lib_dynfuse.errors import DynFuseError, without_folders
+from lib_dynfuse.core.types import Role
+from lib_dynfuse.errors import DynFuseError, shown, without_folders
 from lib_dynfuse.guidance.pictures import PictureError
 from lib_dynfuse.guidance.scores import as_text, best
 from lib_dynfuse.hosts.base import Unsupported
 from lib_dynfuse.hosts.detect import detect
-from lib_dynfuse.options import INFOTEXT_KEY
-from lib_dynfuse.roles import lora_tags
+from lib_dynfuse.options import FIELDS, INFOTEXT_KEY, OF_FUSION
+from lib_dynfuse.roles import lora_tags, role_tags
 from lib_dynfuse.session import Session, close_all
 from lib_dynfuse.trace import Record
 from lib_dynfuse.webui import guided, references, settings, traces, xyz
@@ -31,6 +32,7 @@ CHOSEN_KEY = f"{INFOTEXT_KEY} chosen"
 SCORES_KEY = f"{INFOTEXT_KEY} scores"
 # Of the API's answer alone: whoever knows it may have the record.
 TRACE_KEY = f"{INFOTEXT_KEY} trace"
+_KEYS_OF_FUSION = frozenset(option.key for option in FIELDS if option.name in OF_FUSION)
 _log = logging.getLogger("lib_dynfuse")
 
 
@@ -40,6 +42,9 @@ class _Generation:
 
     owner: int
     session: Session
+    # What an infotext says of the options, and whether a batch was fused.
+    described: dict[str, str]
+    fused: bool = False
     guidance: guided.Guided | None = None
     # Of the batch that was sampled last: what was chosen by picture, every picture's scores, and which are kept.
     shares: dict[int, dict[str, float]] = field(default_factory=dict)
@@ -75,6 +80,7 @@ def begin(p: Any, args: Sequence[Any]) -> None:
     uploads = references.uploads_in(args)
     try:
         options = read_arguments(args, xyz.overrides(p))
+        _tell_what_does_nothing(p, options.enabled)
         if not options.enabled:
             return
         session = Session(detect(), options, functools.partial(_tell, p))
@@ -83,19 +89,45 @@ def begin(p: Any, args: Sequence[Any]) -> None:
         return
     for name in options.unused():
         session.tell(f"the rule {options.strategy} has no {name}: it changes nothing")
-    generation = _Generation(id(p), session)
-    p._dynfuse = generation
     given: references.Given | None = None
     try:
         given = references.given(options, uploads)
     except PictureError as error:
         session.tell(f"not nudged: {error}" if options.nudge else f"not scored: {error}")
-    p.extra_generation_params.update(options.infotext(references.described(given or {})))
+    generation = _Generation(id(p), session, options.infotext(references.described(given or {})))
+    p._dynfuse = generation
     p.extra_generation_params[CHOSEN_KEY] = _chosen
     if options.compares and given is not None:
         _begin_guiding(p, generation, given)
     if generation.guidance is None and options.keep_best:
         session.tell("all pictures are kept: without references none is better than another")
+
+
+def _tell_what_does_nothing(p: Any, enabled: bool) -> None:
+    """Tags that a person wrote and that change nothing where they stand."""
+    if not enabled and any(map(role_tags, _all(p, "prompts"))):
+        _tell(p, "LoRAs have roles, but Dynamic LoRA Fusion is not ticked (enabled): they are added as without roles")
+    tags = lora_tags if enabled else role_tags
+    useless = dict.fromkeys(tag for prompt in _all(p, "negative_prompts") for tag in tags(prompt))
+    if useless:
+        _tell(p, f"{shown(', '.join(useless))}: a LoRA in the negative prompt does nothing; write it into the prompt")
+
+
+def _all(p: Any, kind: str) -> Iterable[str]:
+    """Every "prompts" or "negative_prompts" of the run once, a hires pass's own too."""
+    lists = [f"all_{kind}", *([f"all_hr_{kind}"] if getattr(p, "enable_hr", False) else [])]
+    return dict.fromkeys(prompt for name in lists for prompt in getattr(p, name, None) or ())
+
+
+def _describe(p: Any, generation: _Generation) -> None:
+    """The infotext says what the batch under way is made with: of rules nothing where none decides."""
+    generation.fused = generation.fused or generation.session.fused
+    for key in generation.described:
+        p.extra_generation_params.pop(key, None)
+    if generation.session.fused or generation.guidance is not None:
+        unsaid = frozenset() if generation.session.fused else _KEYS_OF_FUSION
+        told = {key: value for key, value in generation.described.items() if key not in unsaid}
+        p.extra_generation_params.update(told)
 
 
 def _begin_guiding(p: Any, generation: _Generation, given: references.Given) -> None:
@@ -116,7 +148,7 @@ def _tell(p: Any, line: str) -> None:
     p.comment(f"{TITLE}: {line}")
     notes = p.extra_generation_params.get(NOTE_KEY)
     p.extra_generation_params[NOTE_KEY] = f"{notes}; {line}" if notes else line
-    _log.info(line)
+    _log.warning(line)
 
 
 def _chosen(*, p: Any, index: int = 0, **_: Any) -> str | None:
@@ -164,6 +196,7 @@ def attach(p: Any) -> None:
         return
     found = generation.guidance
     generation.session.attach(p.steps, (lambda: None) if found is None else (lambda: found.guide(p)))
+    _describe(p, generation)
 
 
 def step(params: Any) -> None:
@@ -196,6 +229,7 @@ def finish_batch(p: Any, images: Any) -> None:
     generation = _of(p)
     if generation is None:
         return
+    _describe(p, generation)
     record = generation.session.finish_batch()
     generation.shares = {} if record is None else record.shares()
     generation.kept = list(range(len(images)))
@@ -234,6 +268,7 @@ def finish(p: Any, processed: Any) -> None:
     _rest()
     if generation is None:
         return
+    _log.info(_summary(generation))
     _answer(p, processed, generation)
     if not generation.session.options.trace:
         return
@@ -259,6 +294,21 @@ def _answer(p: Any, processed: Any, generation: _Generation) -> None:
     if any(names):
         values[TRACE_KEY] = names
     processed.extra_generation_params = values
+
+
+def _summary(generation: _Generation) -> str:
+    """The one line of a generation that is said whatever happened."""
+    count = sum(len(kept) for _, kept in generation.records)
+    session = generation.session
+    done = [f"{count} picture{'' if count == 1 else 's'}"]
+    if generation.fused:
+        named = [f"{role.value} {', '.join(session.roles[role])}" for role in Role if session.roles.get(role)]
+        done.append(shown(f"fused by {session.options.strategy} ({'; '.join(named)})"))
+    else:
+        done.append("not fused")
+    if generation.guidance is not None:
+        done.append("nudged" if generation.guidance.decoder is not None else "scored")
+    return ", ".join(done)
 
 
 def _rest() -> None:

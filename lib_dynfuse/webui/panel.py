@@ -15,6 +15,7 @@ from lib_dynfuse.core.strategies import Parameter, strategies
 from lib_dynfuse.hosts.base import Host, Unsupported
 from lib_dynfuse.hosts.detect import detect
 from lib_dynfuse.options import DEFAULT_STRATEGY, FIELDS, PRESETS, Option, Options, OptionsError, with_preset
+from lib_dynfuse.webui import loras
 from lib_dynfuse.webui.arguments import ORDER, PICTURES, format_parameters, parse_parameters
 from lib_dynfuse.webui.infotext import paste_value
 from lib_dynfuse.webui.references import is_upload
@@ -63,11 +64,12 @@ def build(is_img2img: bool, elem_id: Callable[[str], str]) -> Panel:
 
     made: dict[str, Any] = {}
     host, lacking = _host()
-    with _switch(elem_id("enabled")) as made["enabled"]:
+    with _switch(elem_id("enabled"), tab) as made["enabled"]:
         if lacking:
             gr.HTML(f'<p class="dynfuse-lacking">Nothing can be fused here: {html.escape(lacking)}</p>')
         # The script looks for this id, so the host has no say in it.
         gr.HTML("", elem_id=f"dynfuse_roles_{tab}")
+        _questions(tab)
         preset = gr.Dropdown(list(PRESETS), value="default", label="Preset", elem_id=elem_id("preset"))
         with gr.Row():
             with gr.Column():
@@ -100,6 +102,22 @@ def build(is_img2img: bool, elem_id: Callable[[str], str]) -> Panel:
         infotext_fields=[(made[name], paste_value(name)) for name in pasted],
         # The host looks for a field's own target here, to copy it to the other tab.
         paste_field_names=[paste_value(name) for name in pasted],
+    )
+
+
+def _questions(tab: str) -> None:
+    """Where the script asks which LoRAs the host has in its list. No route, which would be open to whoever may not see
+    this page."""
+    import gradio as gr
+
+    question, answer = (
+        gr.Textbox("", label=f"DynFuse {kind}", elem_classes=["dynfuse-unseen", f"dynfuse-{kind}-{tab}"])
+        for kind in ("asks", "answers")
+    )
+    for made in (question, answer):
+        made.do_not_save_to_config = True  # of the host's ui-config.json
+    question.input(
+        loras.answer, inputs=[question], outputs=[answer], show_progress="hidden", queue=False, api_name=False
     )
 
 
@@ -190,7 +208,7 @@ def _help_line(rule: str) -> str:
 
 
 @contextmanager
-def _switch(elem_id: str) -> Iterator[Any]:
+def _switch(elem_id: str, tab: str) -> Iterator[Any]:
     """The panel's frame and the checkbox that ticks it: the host's own where there is one."""
     import gradio as gr
 
@@ -199,7 +217,8 @@ def _switch(elem_id: str) -> Iterator[Any]:
         from modules.ui_components import InputAccordion
     except ImportError:
         with gr.Accordion(option.label, open=True):
-            yield gr.Checkbox(option.default, label=option.label, info=option.help, elem_id=elem_id)
+            seen = {"elem_id": elem_id, "elem_classes": [f"dynfuse-enabled-{tab}"]}  # by the script
+            yield gr.Checkbox(option.default, label=option.label, info=option.help, **seen)
     else:
         with InputAccordion(option.default, label=option.label, elem_id=elem_id) as enabled:
             yield enabled

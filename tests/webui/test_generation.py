@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from lib_dynfuse import __version__
 from lib_dynfuse import session as sessions
 from lib_dynfuse.core.delta import LowRank
 from lib_dynfuse.core.types import Role, Row
@@ -126,8 +127,10 @@ def test_a_picture_says_what_it_was_made_with_and_what_was_chosen(hand: Hand) ->
     before = written(p)
     sample(p, hand)
     generation.finish(p, SimpleNamespace())
-    assert before == {"DynFuse": before["DynFuse"], "DynFuse strategy": "kl", "DynFuse balance": "0.5"}
-    chosen = written(p).pop("DynFuse chosen")
+    after = written(p)
+    assert before == {}
+    chosen = after.pop("DynFuse chosen")
+    assert after == {"DynFuse": __version__, "DynFuse strategy": "kl", "DynFuse balance": "0.5"}
     assert chosen in ("subject 0% style 100%", "subject 100% style 0%", "subject 50% style 50%")
     assert p.comments == []
 
@@ -141,8 +144,135 @@ def test_every_picture_of_a_batch_has_its_own_share(hand: Hand) -> None:
     assert "DynFuse chosen" not in written(p, 6)
 
 
-def test_off_leaves_no_trace(hand: Hand) -> None:
+def test_a_picture_that_was_not_fused_says_nothing_of_a_rule(hand: Hand) -> None:
+    p = processing(all_prompts=["a fox <lora:fox:1>"])
+    generation.begin(p, [{"enabled": True, "strategy": "kl", "balance": 0.5}])
+    sample(p, hand, NONE)
+    assert list(written(p)) == ["DynFuse note"]
+    generation.finish(p, SimpleNamespace())
+
+
+def test_fusion_that_could_not_begin_leaves_no_rule_in_the_infotext(hand: Hand, monkeypatch: Any) -> None:
+    def fail() -> Layers:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(hand, "layers", fail)
     p = processing()
+    generation.begin(p, [{"enabled": True, "strategy": "kl"}])
+    sample(p, hand)
+    assert list(written(p)) == ["DynFuse note"]
+
+
+def test_each_batch_says_whether_it_was_fused(hand: Hand) -> None:
+    p = processing(all_prompts=["a fox <lora:fox:1>"] * 3)
+    generation.begin(p, [{"enabled": True, "strategy": "kl"}])
+    said = []
+    for p.iteration, networks in enumerate((NONE, LORAS, NONE)):
+        sample(p, hand, networks)
+        said.append("DynFuse strategy" in written(p))
+    assert said == [False, True, False]
+
+
+def test_a_picture_is_fused_whose_hires_pass_alone_is_not(hand: Hand) -> None:
+    p = processing()
+    generation.begin(p, [{"enabled": True, "strategy": "kl"}])
+    generation.activate(p, LORAS)
+    generation.attach(p)
+    generation.activate(p, NONE)
+    generation.attach(p)
+    generation.finish_batch(p, torch.rand(1, 3, 8, 8))
+    assert written(p)["DynFuse strategy"] == "kl"
+
+
+def test_a_picture_that_was_only_compared_says_with_what_and_of_no_rule(hand: Hand, monkeypatch: Any) -> None:
+    compared = SimpleNamespace(decoder=None, guide=lambda p: None, scores=lambda p, images: [{"harmonic_mean": 0.5}])
+    monkeypatch.setattr(guided, "begin", lambda *_: compared)
+    p = processing(all_prompts=["a fox <lora:fox:1>"])
+    generation.begin(p, [{"enabled": True, "strategy": "kl", "balance": 0.5, "score": True, "clip": "mine"}])
+    sample(p, hand, NONE)
+    said = written(p)
+    generation.finish(p, SimpleNamespace())
+    assert {key: said[key] for key in ("DynFuse", "DynFuse clip")} == {"DynFuse": __version__, "DynFuse clip": "mine"}
+    assert not {"DynFuse strategy", "DynFuse balance"} & set(said)
+
+
+ROLES = "a fox <lora:fox:1:role=subject> <lora:ink:0.9:role=style>"
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({"all_prompts": [ROLES]}, True),
+        ({"all_prompts": ["a fox <lora:fox:1>", ROLES, ROLES]}, True),
+        ({"all_prompts": ["a <lora:fox:1: Role = Subject>"]}, True),
+        ({"all_prompts": ["a <lora:fox:role=sbject>"]}, True),
+        ({"all_prompts": ["a <lora:fox:1> role=subject <lora:ink:1:role=none>"]}, False),
+        ({"all_prompts": ["a fox"], "all_hr_prompts": [ROLES], "enable_hr": True}, True),
+        ({"all_prompts": ["a fox"], "all_hr_prompts": [ROLES], "enable_hr": False}, False),
+    ],
+)
+def test_roles_that_nobody_looks_at_are_told_once(hand: Hand, values: dict[str, Any], told: bool) -> None:
+    p = processing(**values)
+    plain = hand.unet(torch.ones(2, 4, 6))
+    generation.begin(p, [{"enabled": False}])
+    for p.iteration in range(2):
+        assert torch.equal(sample(p, hand), plain)
+    said = "LoRAs have roles, but Dynamic LoRA Fusion is not ticked (enabled): they are added as without roles"
+    assert p.comments == ([f"DynFuse: {said}"] if told else [])
+    assert written(p) == ({"DynFuse note": said} if told else {})
+
+
+@pytest.mark.parametrize(
+    ("enabled", "negative", "told"),
+    [
+        (True, "blurry <lora:ink:1>", "<lora:ink:1>"),
+        (True, "<lora:ink:1> <lora:fox:1:role=style> <lora:ink:1>", "<lora:ink:1>, <lora:fox:1:role=style>"),
+        (False, "<lora:ink:1> <lora:fox:1:role=style>", "<lora:fox:1:role=style>"),
+        (False, "<lora:ink:1>", ""),
+        (True, "blurry", ""),
+    ],
+)
+def test_a_lora_in_the_negative_prompt_is_told(hand: Hand, enabled: bool, negative: str, told: str) -> None:
+    p = processing(all_prompts=["a fox"], all_negative_prompts=[negative, negative])
+    generation.begin(p, [{"enabled": enabled}])
+    sessions.close_all()
+    said = f"DynFuse: {told}: a LoRA in the negative prompt does nothing; write it into the prompt"
+    assert p.comments == ([said] if told else [])
+
+
+@pytest.mark.parametrize(
+    ("networks", "batches", "said"),
+    [
+        (LORAS, 1, "1 picture, fused by kl (subject fox 1; style ink 0.9)"),
+        (LORAS, 2, "2 pictures, fused by kl (subject fox 1; style ink 0.9)"),
+        (NONE, 1, "1 picture, not fused"),
+    ],
+)
+def test_the_log_has_one_line_a_generation_and_what_is_wrong(
+    hand: Hand, caplog: pytest.LogCaptureFixture, networks: Any, batches: int, said: str
+) -> None:
+    p = processing(all_prompts=["a fox <lora:fox:1>"] * batches)
+    generation.begin(p, [{"enabled": True, "strategy": "kl"}])
+    for p.iteration in range(batches):
+        sample(p, hand, networks)
+    generation.finish(p, SimpleNamespace())
+    lines = [(record.levelname, record.getMessage()) for record in caplog.records]
+    assert lines[-1] == ("INFO", said)
+    assert [level for level, _ in lines[:-1]] == (["WARNING"] if networks is NONE else [])
+
+
+def test_the_log_says_nothing_of_a_generation_that_is_none_of_ours(
+    hand: Hand, caplog: pytest.LogCaptureFixture
+) -> None:
+    p = processing(all_prompts=["a fox <lora:fox:1>"])
+    generation.begin(p, [{"enabled": False}])
+    sample(p, hand)
+    generation.finish(p, SimpleNamespace())
+    assert caplog.records == []
+
+
+def test_off_leaves_no_trace(hand: Hand) -> None:
+    p = processing(all_prompts=["a fox <lora:fox:1>"])
     plain = hand.unet(torch.ones(2, 4, 6))
     generation.begin(p, [{"enabled": False, "balance": 0.5}])
     assert torch.equal(sample(p, hand), plain)
@@ -203,6 +333,7 @@ def test_a_grid_s_cells_do_not_pass_on_what_was_written(hand: Hand) -> None:
     first = copy(p)
     generation.begin(first, [{"enabled": True}])
     sample(first, hand)
+    p.all_prompts[:] = ["a fox"]
     second = copy(first)  # shares extra_generation_params
     generation.begin(second, [{"enabled": False}])
     assert second.extra_generation_params == {}
@@ -212,8 +343,8 @@ def test_a_grid_s_cells_do_not_pass_on_what_was_written(hand: Hand) -> None:
 def test_a_cell_s_own_options_come_from_its_axes(hand: Hand) -> None:
     p = processing(_dynfuse_overrides={"strategy": "sum"})
     generation.begin(p, [{"enabled": True, "strategy": "kl"}])
+    sample(p, hand)
     assert written(p)["DynFuse strategy"] == "sum"
-    sessions.close_all()
 
 
 @pytest.mark.parametrize("rule", ["kl", "kl-token"])

@@ -263,8 +263,18 @@ class Options(BaseModel, extra="forbid"):
             if option.name in NOT_IN_INFOTEXT or not self.matters(option.name):
                 continue
             if option.name == "strategy" or value != getattr(defaults, option.name):
-                written[option.key] = _written(value)
+                written[option.key] = _file_name(value) if option.name in _OF_FILES else _written(value)
         return written
+
+
+def _file_name(name: str) -> str:
+    """Of an encoder that is named by its path, the last part: a picture does not tell of its maker's folders."""
+    architecture, colon, path = name.rpartition(":")
+    if colon and len(architecture) < 2:  # a drive
+        architecture, colon, path = "", "", name
+    parts = path.replace("\\", "/").rstrip("/").split("/")
+    relative = "\\" not in path and not set(parts) & {"", ".", "..", "~"}
+    return f"{architecture}{colon}{path if relative else parts[-1]}"
 
 
 def _written(value: Any) -> str:
@@ -322,6 +332,8 @@ def _option(name: str, info: Any, kind: Any) -> Option:
 
 
 FIELDS: tuple[Option, ...] = _read_fields()
+# Options that may be the path of a file, on the command line.
+_OF_FILES = ("clip", "dino")
 # Options of guidance that say what pictures are compared with, and how.
 _COMPARED_WITH = tuple(
     option.name

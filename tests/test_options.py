@@ -206,3 +206,21 @@ def test_options_survive_json():
 def test_the_readme_has_exactly_this_table(table: str):
     readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
     assert f"\n\n{table}\n\n" in readme
+
+
+@pytest.mark.parametrize(
+    ("given", "written"),
+    [
+        ("/home/ann/models/my-clip.pt", "my-clip.pt"),
+        ("C:\\Users\\ann\\my-clip.pt", "my-clip.pt"),
+        ("\\\\server\\ann\\clip", "clip"),
+        ("~/clip", "clip"),
+        ("../ann/clip/", "clip"),
+        ("ViT-B-32:/home/ann/my.safetensors", "ViT-B-32:my.safetensors"),
+        ("ViT-B-32:laion2b_e16", "ViT-B-32:laion2b_e16"),
+        ("mine/dino-vits8", "mine/dino-vits8"),
+    ],
+)
+def test_an_infotext_names_an_encoder_without_its_maker_s_folders(given: str, written: str) -> None:
+    found = Options(enabled=True, nudge=True, clip=given, dino=given).infotext()
+    assert (found["DynFuse clip"], found["DynFuse dino"]) == (written, written)

@@ -61,7 +61,7 @@ def begin(p: Any, options: Options, host: Host, tell: Callable[[str], None]) -> 
             options,
             lambda role: _references(p, options, role),
             [strip_tags(prompt) for prompt in p.all_prompts],
-            settings.encoder_folder(),
+            settings.encoder_source(),
             _device(),
             _dtype(),
             tell,
@@ -76,7 +76,7 @@ def begin(p: Any, options: Options, host: Host, tell: Callable[[str], None]) -> 
         guidance.nudge = replace(guidance.nudge, mode="x0")
     decoder = None
     if guidance.nudge is not None:
-        decoder, said = host.guiding.decoder(options.nudge_decoder)
+        decoder, said = host.guiding.decoder(options.nudge_decoder, settings.is_on(settings.DOWNLOAD))
         if said:
             tell(said)
     return Guided(guidance, decoder)

@@ -101,8 +101,16 @@ def test_a_picture_made_without_nudges_switches_them_off_and_leaves_encoders_and
 
 def test_what_pictures_were_scored_with_is_pasted_and_whether_they_are_scored_is_not():
     values = fields_from_infotext(written(Options(enabled=True, score=True, clip="mine", keep_best=2)))
-    assert (values["nudge"], values["clip"]) == (False, "mine")
-    assert not {"score", "keep_best", "dino"} & set(values)
+    assert values["nudge"] is False
+    assert not {"score", "keep_best", "clip", "dino"} & set(values)
+
+
+def test_what_would_open_or_fetch_a_file_is_told_and_not_pasted():
+    options = Options(enabled=True, nudge=True, clip="ViT-L-14:openai", dino="stranger/model", nudge_decoder="vae")
+    params = written(options)
+    assert (params["DynFuse clip"], params["DynFuse dino"]) == ("ViT-L-14:openai", "stranger/model")
+    assert Options.read(fields_from_infotext(params)) == Options(enabled=True, nudge=True)
+    assert {paste_value(name)(params) for name in ("clip", "dino", "nudge_decoder")} == {None}
 
 
 def test_reference_pictures_are_named_and_not_pasted():

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lib_dynfuse.guidance.objectives import Each, Pictures
+    from lib_dynfuse.guidance.sources import Source
     from lib_dynfuse.hosts.diffusers import Embedded
 
 _GIVEN = {Role.SUBJECT: "subject_references", Role.STYLE: "style_references"}
@@ -50,16 +51,16 @@ def guidance(
     options: Options,
     seeds: Sequence[int],
     settings: Mapping[str, Any],
-    models: Path,
+    source: Source,
     say: Callable[[str], None],
     progress: bool = True,
     given: Mapping[str, Sequence[PictureFile]] | None = None,
 ) -> Guidance | None:
     """What nudges and scores the pictures of these seeds; None where the options want neither, or nothing is left.
 
-    `model`: where the host's model came from; `settings`: what `Embedded.generate` is given; `models`: where encoders
-    are looked for first; `given`: what `open_given` opened, where that was done already. May make pictures, with a bar
-    where `progress` is wished. What is missing is said. Raises DynFuseError for a given picture that cannot be read.
+    `model`: where the host's model came from; `settings`: what `Embedded.generate` is given; `source`: where encoders
+    may come from; `given`: what `open_given` opened, where that was done already. May make pictures, with a bar where
+    `progress` is wished. What is missing is said. Raises DynFuseError for a given picture that cannot be read.
     """
     if not options.compares:
         return None
@@ -79,7 +80,7 @@ def guidance(
 
     unet = host.pipe.unet
     dtype = torch.float32 if unet.device.type == "cpu" else unet.dtype
-    return prepare(options, references, [text.text], models, unet.device, dtype, say)
+    return prepare(options, references, [text.text], source, unet.device, dtype, say)
 
 
 def _preview(folder: Path | None, tags: Sequence[LoraTag]) -> Path | None:

@@ -17,6 +17,7 @@ import typer
 from lib_dynfuse.errors import DynFuseError, shown, writable
 from lib_dynfuse.guidance.pictures import PictureFile, fingerprints
 from lib_dynfuse.guidance.scores import as_text, best
+from lib_dynfuse.guidance.sources import Source
 from lib_dynfuse.infotext import infotext
 from lib_dynfuse.options import FIELDS, INFOTEXT_KEY, Options, OptionsError
 from lib_dynfuse.output import Batch, check_folder, finish_killed
@@ -138,9 +139,17 @@ def generate(
     ] = None,
     clip: Annotated[str, _nudge("clip")] = _DEFAULT.clip,
     dino: Annotated[str, _nudge("dino")] = _DEFAULT.dino,
-    models: Annotated[
-        Path, _nudge("", help="The folder where CLIP, DINO and the decoder are looked for before the hub.")
-    ] = Path("models/dynfuse"),
+    models: Annotated[Path, _nudge("", help="The folder where CLIP, DINO and the decoder are looked for.")] = Path(
+        "models/dynfuse"
+    ),
+    download: Annotated[
+        bool,
+        typer.Option(
+            "--download",
+            help="Fetch what is missing from huggingface.co: encoders, and a checkpoint's tokenizer and settings.",
+            rich_help_panel=_MODEL,
+        ),
+    ] = False,
     references: Annotated[str, _nudge("references")] = _DEFAULT.references,
     subject_reference: Annotated[
         list[str] | None, _nudge("", help="A picture of the subject; may be repeated.")
@@ -195,9 +204,9 @@ def generate(
 
             given = open_given(options)
         written = _generate(
-            _open(model, lora_dir, prompt, out, device, config),
+            _open(model, lora_dir, prompt, out, device, config, download),
             model,
-            models,
+            Source.of_owner(models, download),
             options,
             out,
             [first + number for number in range(batch)],
@@ -215,7 +224,9 @@ def generate(
         typer.echo(writable(str(path)))
 
 
-def _open(model: Path, lora_dir: Path | None, prompt: str, out: Path, device: str, config: Path | None) -> Any:
+def _open(
+    model: Path, lora_dir: Path | None, prompt: str, out: Path, device: str, config: Path | None, download: bool
+) -> Any:
     """The host, once all that can be checked without it is known to be right: opening a model takes a while."""
     tags = parse_prompt(prompt).tags
     check_folder(out)
@@ -229,7 +240,7 @@ def _open(model: Path, lora_dir: Path | None, prompt: str, out: Path, device: st
     check_device(device)
     for tag in tags:
         open_lora(find_lora(lora_dir, tag.name))
-    return Embedded.load(model, lora_dir, device or None, config=config, say=say)
+    return Embedded.load(model, lora_dir, device or None, config=config, say=say, download=download)
 
 
 def quiet_libraries() -> None:
@@ -246,7 +257,7 @@ def quiet_libraries() -> None:
 def _generate(
     host: Any,
     model: Path,
-    models: Path,
+    source: Source,
     options: Options,
     out: Path,
     seeds: Sequence[int],
@@ -263,7 +274,7 @@ def _generate(
             say(f"the rule {options.strategy} has no {name}: it changes nothing")
     trace = Trace(passes=settings["steps"], tokens=options.strategy == "kl-token") if fused and options.trace else None
     try:
-        guidance, guide = _guide(host, model, models, options, seeds, settings, given)
+        guidance, guide = _guide(host, model, source, options, seeds, settings, given)
         images = host.generate(options=options, seeds=seeds, trace=trace, guide=guide, progress=True, **settings)
         scores = guidance.scores(_tensors(images), range(len(images))) if guidance is not None else []
     except torch.cuda.OutOfMemoryError as error:
@@ -298,7 +309,7 @@ def _generate(
 def _guide(
     host: Any,
     model: Path,
-    models: Path,
+    source: Source,
     options: Options,
     seeds: Sequence[int],
     settings: dict[str, Any],
@@ -309,10 +320,10 @@ def _guide(
         return None, None
     from lib_dynfuse import compared
 
-    guidance = compared.guidance(host, model, options, seeds, settings, models, say, given=given)
+    guidance = compared.guidance(host, model, options, seeds, settings, source, say, given=given)
     if guidance is None or guidance.nudge is None:
         return guidance, None
-    return guidance, guidance.guide(range(len(seeds)), seeds, host.decoder(options.nudge_decoder, models))
+    return guidance, guidance.guide(range(len(seeds)), seeds, host.decoder(options.nudge_decoder, source))
 
 
 def _record(trace: Any, guide: Guide | None, options: Options) -> Record | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,21 +13,24 @@ from torch import Tensor
 from lib_dynfuse.core.types import Role
 from lib_dynfuse.guidance.decoders import Decoder
 from lib_dynfuse.guidance.guide import Guide
-from lib_dynfuse.guidance.libraries import EncoderError
+from lib_dynfuse.guidance.libraries import EncoderError, in_a_line
 from lib_dynfuse.guidance.nudge import Nudge
 from lib_dynfuse.guidance.objectives import TERMS, Each, Objective, Pictures, Weights
 from lib_dynfuse.guidance.scores import harmonic_mean
+from lib_dynfuse.guidance.sources import MissingError, Published, Source, missing
 from lib_dynfuse.options import Options
 
 if TYPE_CHECKING:
     from lib_dynfuse.guidance.encoders import ClipEncoder, DinoEncoder
 
 NONE = "none"  # written for an encoder that is to be left out
-# The encoders that were used last, by what they were loaded from: they serve the next generation too.
+# The encoders that were used last, one of each kind, by what they were loaded from: they serve the next generation too.
 _kept: dict[tuple[Any, ...], Any] = {}
 # What could not be loaded, when that was and why: without a network a hub makes everybody wait for most of a minute.
-_refused: dict[tuple[Any, ...], tuple[float, EncoderError]] = {}
+# The error itself would hold on to everything that was in memory where it was raised.
+_refused: dict[tuple[Any, ...], tuple[float, str]] = {}
 _SECONDS_REFUSED = 300
+_MOST_REFUSED = 8
 
 
 def nudge_of(options: Options) -> Nudge:
@@ -79,7 +81,7 @@ def prepare(
     options: Options,
     references: Callable[[Role], Pictures | Each | None],
     prompts: Sequence[str],
-    folder: Path | None,
+    source: Source,
     device: torch.device | str,
     dtype: torch.dtype,
     tell: Callable[[str], None],
@@ -87,17 +89,22 @@ def prepare(
     """Load what the options need, or find it again. What is missing is told and its terms are left out.
 
     `references`: finds a role's, or makes them, and is asked only once there are encoders to see them; what it raises
-    is passed on. `prompts`: one for all pictures or one for each, without LoRA tags; `folder`: where encoders are
-    looked for first, as models/dynfuse. Returns None where nothing is left to compare with, or no memory to do it.
+    is passed on. `prompts`: one for all pictures or one for each, without LoRA tags; `source`: where encoders may come
+    from. Returns None where nothing is left to compare with, or no memory to do it.
     """
     weights = weights_of(options)
     if options.nudge and not any(getattr(weights, term) for term in TERMS):
         tell("not nudged: the weights of all terms are 0")
         return None
-    clip, dino = _encoders(options, weights, folder, device, dtype, tell)
+    clip, dino, lacking = _encoders(options, weights, source, device, dtype)
     if clip is None and dino is None:
-        _say_nothing_left(options, tell)
+        if lacking:
+            tell(f"{_without(options)}: {'; '.join(lacking)}")
+        else:
+            _say_nothing_left(options, tell)
         return None
+    for line in lacking:
+        tell(f"{line}; its terms are left out")
     found = {role: references(role) for role in Role}
     try:
         texts = list(prompts) if clip is not None else None
@@ -107,8 +114,7 @@ def prepare(
         _say_nothing_left(options, tell)
         return None
     except (MemoryError, RuntimeError) as error:  # of the allocators
-        said = " ".join(str(error).split())[:160]
-        tell(f"{_without(options)}: CLIP and DINO could not look at the references ({said})")
+        tell(f"{_without(options)}: CLIP and DINO could not look at the references ({in_a_line(error)})")
         return None
     for role, pictures in found.items():
         if pictures is None and any(getattr(weights, term) for term in TERMS if term.endswith(role.value)):
@@ -134,30 +140,32 @@ def _without(options: Options) -> str:
 
 
 def _encoders(
-    options: Options,
-    weights: Weights,
-    folder: Path | None,
-    device: torch.device | str,
-    dtype: torch.dtype,
-    tell: Callable[[str], None],
-) -> tuple[ClipEncoder | None, DinoEncoder | None]:
-    """CLIP and DINO, each where a term needs it and it can be loaded."""
+    options: Options, weights: Weights, source: Source, device: torch.device | str, dtype: torch.dtype
+) -> tuple[ClipEncoder | None, DinoEncoder | None, list[str]]:
+    """CLIP and DINO, each where a term needs it and it can be loaded; and a line for what could not be."""
     from lib_dynfuse.guidance.encoders import load_clip, load_dino
 
     found: dict[str, Any] = {}
+    absent: list[Published] = []
+    lines: list[str] = []
     for name, load in (("clip", load_clip), ("dino", load_dino)):
         where = getattr(options, name).strip()
         counts = any(getattr(weights, term) for term in TERMS if term.startswith(name))
         found[name] = None
         if where.lower() == NONE or not (counts or _scores(options)):
             continue
+        key = (name, where, source.folder, dtype)
         try:
-            found[name] = _kept_or((name, where, folder, dtype), device, partial(load, where, folder, device, dtype))
+            source.check(name.upper(), where)
+            found[name] = _kept_or(key, device, partial(load, where, source, device, dtype))
+        except MissingError as error:
+            absent.append(error.wanted)
         except EncoderError as error:
-            tell(f"{error}; its terms are left out")
+            lines.append(str(error))
         except (MemoryError, RuntimeError) as error:  # of the allocators
-            tell(f"{name.upper()} could not be loaded ({' '.join(str(error).split())[:160]}); its terms are left out")
-    return found["clip"], found["dino"]
+            lines.append(f"{name.upper()} could not be loaded ({in_a_line(error)})")
+    # Both in one message: it says what to put where, or how to have it fetched.
+    return found["clip"], found["dino"], [*lines, *([missing(absent, source)] if absent else [])]
 
 
 def _kept_or(key: tuple[Any, ...], device: torch.device | str, load: Callable[[], Any]) -> Any:
@@ -173,16 +181,21 @@ def _kept_or(key: tuple[Any, ...], device: torch.device | str, load: Callable[[]
 
 
 def _loaded(key: tuple[Any, ...], load: Callable[[], Any]) -> Any:
-    """Raises EncoderError; for a while the same one again, unless the folder has changed."""
+    """Raises EncoderError; for a while with the same text again, unless the folder has changed."""
     folder = key[2]
     attempt = (*key, tuple(sorted(path.name for path in folder.iterdir())) if folder and folder.is_dir() else ())
-    when, error = _refused.get(attempt, (0.0, None))
-    if error is not None and time.monotonic() - when < _SECONDS_REFUSED:
-        raise error
+    when, why = _refused.get(attempt, (0.0, ""))
+    if why and time.monotonic() - when < _SECONDS_REFUSED:
+        raise EncoderError(why)
     try:
         return load()
+    except MissingError:
+        raise  # looked for on the disk alone, so the next look is quick
     except EncoderError as error:
-        _refused[attempt] = time.monotonic(), error
+        _refused.pop(attempt, None)
+        while len(_refused) >= _MOST_REFUSED:
+            del _refused[next(iter(_refused))]
+        _refused[attempt] = time.monotonic(), str(error)
         raise
 
 

@@ -270,8 +270,19 @@ class Options(BaseModel, extra="forbid"):
             if option.name in NOT_IN_INFOTEXT or not self.matters(option.name):
                 continue
             if option.name == "strategy" or value != getattr(defaults, option.name):
-                written[option.key] = _written(value, (fingerprints or {}).get(option.name, ""))
+                own = (fingerprints or {}).get(option.name, "")
+                written[option.key] = _file_name(value) if option.name in _OF_FILES else _written(value, own)
         return written
+
+
+def _file_name(name: str) -> str:
+    """Of an encoder that is named by its path, the last part: a picture does not tell of its maker's folders."""
+    architecture, colon, path = name.rpartition(":")
+    if colon and len(architecture) < 2:  # a drive
+        architecture, colon, path = "", "", name
+    parts = path.replace("\\", "/").rstrip("/").split("/")
+    relative = "\\" not in path and not set(parts) & {"", ".", "..", "~"}
+    return f"{architecture}{colon}{path if relative else parts[-1]}"
 
 
 def _written(value: Any, fingerprints: str) -> str:
@@ -335,6 +346,8 @@ FIELDS: tuple[Option, ...] = _read_fields()
 OF_FUSION = tuple(
     option.name for option in FIELDS if option.name in ("strategy", "start", "stop", "parameters", *_DIVERGENCE)
 )
+# Options that may be the path of a file, on the command line.
+_OF_FILES = ("clip", "dino")
 # Options of guidance that say what pictures are compared with, and how.
 _COMPARED_WITH = tuple(
     option.name

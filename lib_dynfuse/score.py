@@ -13,6 +13,7 @@ import typer
 
 from lib_dynfuse.errors import DynFuseError
 from lib_dynfuse.generate import one_clear_line
+from lib_dynfuse.guidance.sources import Source
 
 if TYPE_CHECKING:
     from lib_dynfuse.guidance.encoders import ClipEncoder, DinoEncoder
@@ -32,9 +33,8 @@ def score(
     dino: Annotated[
         str, typer.Option(help="A name on the model hub or a folder; none leaves DINO out.")
     ] = "facebook/dino-vits16",
-    models: Annotated[Path, typer.Option(help="Where encoders are looked for before the hub.")] = Path(
-        "models/dynfuse"
-    ),
+    models: Annotated[Path, typer.Option(help="Where encoders are looked for.")] = Path("models/dynfuse"),
+    download: Annotated[bool, typer.Option("--download", help="Fetch missing encoders from huggingface.co.")] = False,
     device: Annotated[str, typer.Option(help="cuda or cpu; else the best there is.")] = "",
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the scores here too.")] = None,
 ) -> None:
@@ -43,7 +43,8 @@ def score(
     Scores compare only where CLIP and DINO are the same.
     """
     with one_clear_line():
-        report = _score(images, subject or [], style or [], prompt.strip(), clip, dino, models, device, json_file)
+        source = Source.of_owner(models, download)
+        report = _score(images, subject or [], style or [], prompt.strip(), clip, dino, source, device, json_file)
         if json_file is not None:
             _write(json_file, json.dumps(report, indent=2) + "\n")
     typer.echo(table(report))
@@ -56,7 +57,7 @@ def _score(
     prompt: str,
     clip: str,
     dino: str,
-    models: Path,
+    source: Source,
     device: str,
     json_file: Path | None,
 ) -> dict[str, Any]:
@@ -77,7 +78,7 @@ def _score(
     except PictureError as error:
         raise DynFuseError(str(error)) from error
 
-    clip_encoder, dino_encoder = _encoders(clip, dino if subject or style else _NONE, models, device)
+    clip_encoder, dino_encoder = _encoders(clip, dino if subject or style else _NONE, source, device)
     try:
         objective = Objective(clip_encoder, dino_encoder, subjects, styles, [prompt] if prompt else None)
     except ValueError as error:
@@ -98,7 +99,7 @@ def _score(
     }
 
 
-def _encoders(clip: str, dino: str, models: Path, device: str) -> tuple[ClipEncoder | None, DinoEncoder | None]:
+def _encoders(clip: str, dino: str, source: Source, device: str) -> tuple[ClipEncoder | None, DinoEncoder | None]:
     import torch
 
     from lib_dynfuse.guidance.encoders import EncoderError, load_clip, load_dino
@@ -109,8 +110,8 @@ def _encoders(clip: str, dino: str, models: Path, device: str) -> tuple[ClipEnco
     try:
         with _quiet_libraries(dino):
             return (
-                None if clip == _NONE else load_clip(clip, models, where),
-                None if dino == _NONE else load_dino(dino, models, where),
+                None if clip == _NONE else load_clip(clip, source, where),
+                None if dino == _NONE else load_dino(dino, source, where),
             )
     except EncoderError as error:
         raise DynFuseError(str(error)) from error

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from lib_dynfuse.guidance import encoders
 from lib_dynfuse.guidance.decoders import linear
 from lib_dynfuse.guidance.libraries import EncoderError
 from lib_dynfuse.guidance.objectives import Each
+from lib_dynfuse.guidance.sources import CLIPS, MissingError, Source
 from lib_dynfuse.options import Options
 
 
@@ -44,12 +46,12 @@ class Shelf:
         self.missing: set[str] = set()
         self.failure: Exception | None = None
 
-    def load(self, where: str, folder: Any, device: Any, dtype: Any) -> Mean:
+    def load(self, where: str, source: Source, device: Any, dtype: Any) -> Mean:
         self.loaded.append(where)
         if self.failure is not None:
             raise self.failure
         if where in self.missing:
-            raise EncoderError(f"{where} cannot be loaded; put it at {folder}")
+            raise EncoderError(f"{where} cannot be loaded")
         return Mean(len(self.loaded))
 
 
@@ -73,7 +75,7 @@ PICTURES = {Role.SUBJECT: colour(1, 0.2, 0.1), Role.STYLE: colour(0.1, 0.2, 1)}
 def prepare(told: list[str], references: Any = PICTURES, folder: Path | None = None, **options: Any) -> Any:
     values = Options.read({"enabled": True, "clip": "a", "dino": "b", **options})
     find = references if callable(references) else references.get
-    return guides.prepare(values, find, ["a fox"], folder, "cpu", torch.float32, told.append)
+    return guides.prepare(values, find, ["a fox"], Source(folder), "cpu", torch.float32, told.append)
 
 
 def test_with_everything_there_nothing_is_told_and_every_term_counts(shelf: Shelf) -> None:
@@ -105,7 +107,7 @@ def test_an_encoder_that_is_missing_leaves_the_other_at_work(shelf: Shelf, tmp_p
     shelf.missing, told = {"a"}, []
     found = prepare(told, folder=tmp_path, nudge=True)
     assert found.objective.terms == ("dino_style",)
-    assert told == [f"a cannot be loaded; put it at {tmp_path}; its terms are left out"]
+    assert told == ["a cannot be loaded; its terms are left out"]
 
 
 def test_without_an_encoder_no_reference_is_asked_for(shelf: Shelf) -> None:
@@ -115,7 +117,7 @@ def test_without_an_encoder_no_reference_is_asked_for(shelf: Shelf) -> None:
         raise AssertionError("references may take minutes to be made")
 
     assert prepare(told, references, nudge=True) is None
-    assert told[-1].startswith("not nudged: there is nothing to compare a picture with")
+    assert told == ["not nudged: a cannot be loaded; b cannot be loaded"]
 
 
 def test_what_could_not_be_loaded_is_not_tried_again_until_the_folder_changes(shelf: Shelf, tmp_path: Path) -> None:
@@ -123,17 +125,77 @@ def test_what_could_not_be_loaded_is_not_tried_again_until_the_folder_changes(sh
     for _ in range(2):
         told: list[str] = []
         assert prepare(told, folder=tmp_path, nudge=True) is None
-        assert len(told) == 3
+        assert len(told) == 1
     assert shelf.loaded == ["a", "b"]
     (tmp_path / "a.safetensors").touch()
     shelf.missing = set()
     assert prepare([], folder=tmp_path, nudge=True) is not None
 
 
+def test_missing_encoders_are_told_once_with_what_to_put_where(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: None)
+    told: list[str] = []
+    assert prepare(told, clip="ViT-B-32", dino="facebook/dino-vits16", nudge=True) is None
+    (line,) = told
+    assert line.startswith("not nudged: CLIP and DINO are not on this machine: put https://huggingface.co/laion/")
+    assert "(605 MB) as models/dynfuse/ViT-B-32-laion2b_s34b_b79k.safetensors and https://" in line
+    assert "(87 MB) as models/dynfuse/dino-vits16.safetensors" in line
+
+
+def test_one_missing_encoder_is_told_and_the_other_serves(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(where: str, source: Source, *_: Any) -> Any:
+        raise MissingError(CLIPS["ViT-B-32:laion2b_s34b_b79k"], source)
+
+    monkeypatch.setattr(encoders, "load_clip", absent)
+    for _ in range(2):
+        told: list[str] = []
+        assert prepare(told, nudge=True).objective.terms == ("dino_style",)
+        (line,) = told
+        assert line.startswith("CLIP is not on this machine: put ")
+        assert line.endswith("; its terms are left out")
+    assert guides._refused == {}
+
+
+@pytest.mark.parametrize("name", ["/etc/passwd", "../x", "C:\\x", "\\\\server\\x", "x" * 100_000])
+def test_a_foreign_name_is_refused_and_not_remembered(shelf: Shelf, name: str) -> None:
+    told: list[str] = []
+    assert prepare(told, nudge=True, clip=name, dino=name) is None
+    assert shelf.loaded == []
+    assert guides._refused == {}
+    assert name not in told[0]
+
+
+class Large:
+    """Stands for a gigabyte; `alive` has those that are in memory."""
+
+    alive: ClassVar[weakref.WeakSet[Large]] = weakref.WeakSet()
+
+    def __init__(self) -> None:
+        self.alive.add(self)
+
+
+def test_refused_encoders_leave_memory_and_few_are_remembered(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(where: str, *_: Any) -> Any:
+        state = Large()
+        try:
+            raise RuntimeError(f"{state} is of another size")
+        except RuntimeError as error:
+            raise EncoderError(f"{where} is of another architecture") from error
+
+    monkeypatch.setattr(encoders, "load_clip", load)
+    for number in range(30):
+        prepare([], nudge=True, clip=f"spelling-{number}")
+        prepare([], nudge=True, clip=f"spelling-{number}")
+        assert not Large.alive
+    assert len(guides._refused) <= 8
+    assert all(isinstance(why, str) for _, why in guides._refused.values())
+
+
 def test_no_memory_for_an_encoder_is_told(shelf: Shelf) -> None:
     shelf.failure, told = torch.cuda.OutOfMemoryError("CUDA out of memory"), []
     assert prepare(told, nudge=True) is None
-    assert told[0] == "CLIP could not be loaded (CUDA out of memory); its terms are left out"
+    said = "could not be loaded (OutOfMemoryError: CUDA out of memory)"
+    assert told == [f"not nudged: CLIP {said}; DINO {said}"]
 
 
 def test_a_role_without_a_picture_is_told(shelf: Shelf) -> None:

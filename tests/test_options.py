@@ -281,3 +281,21 @@ def test_an_unknown_option_is_echoed_in_part_and_of_many_a_few():
     said = answer({f"option{number}": 1 for number in range(1000)})
     assert "option0: unknown option" in said
     assert said.endswith("and 992 more")
+
+
+@pytest.mark.parametrize(
+    ("given", "written"),
+    [
+        ("/home/ann/models/my-clip.pt", "my-clip.pt"),
+        ("C:\\Users\\ann\\my-clip.pt", "my-clip.pt"),
+        ("\\\\server\\ann\\clip", "clip"),
+        ("~/clip", "clip"),
+        ("../ann/clip/", "clip"),
+        ("ViT-B-32:/home/ann/my.safetensors", "ViT-B-32:my.safetensors"),
+        ("ViT-B-32:laion2b_e16", "ViT-B-32:laion2b_e16"),
+        ("mine/dino-vits8", "mine/dino-vits8"),
+    ],
+)
+def test_an_infotext_names_an_encoder_without_its_maker_s_folders(given: str, written: str) -> None:
+    found = Options(enabled=True, nudge=True, clip=given, dino=given).infotext()
+    assert (found["DynFuse clip"], found["DynFuse dino"]) == (written, written)

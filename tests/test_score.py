@@ -138,13 +138,33 @@ def test_what_is_wrong_is_said_in_one_line(score: Score, words: list[str], said:
     assert said in line
 
 
+def fail() -> None:
+    raise OSError("no network")
+
+
 def test_missing_weights_are_said_with_what_to_put_where(score: Score, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(encoders, "load_clip", load_clip)
     result = score("red.png", "--prompt", "red", "--clip", "ViT-Nothing", "--models", "rooms")
     assert result.exit_code == 2
     (line,) = result.stderr.splitlines()
-    assert "ViT-Nothing" in line
-    assert str(Path("rooms/ViT-Nothing.safetensors")) in line
+    assert "CLIP ViT-Nothing: there is no such file" in line
+
+
+def test_without_download_nothing_is_fetched_and_the_files_are_named(
+    score: Score, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, ...]] = []
+    monkeypatch.setattr(encoders, "load_clip", load_clip)
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: None)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *names: asked.append(names) or fail())
+    words = ["red.png", "--prompt", "red", "--models", "rooms"]
+    (line,) = score(*words).stderr.splitlines()
+    assert line.startswith("error: CLIP is not on this machine: put https://huggingface.co/laion/")
+    assert "as rooms/ViT-B-32-laion2b_s34b_b79k.safetensors, or have it downloaded with --download" in line
+    assert asked == []
+    result = score(*words, "--download")
+    assert "could not be reached" in result.stderr
+    assert asked == [("laion/CLIP-ViT-B-32-laion2B-s34B-b79K", "open_clip_model.safetensors")]
 
 
 @pytest.mark.parametrize(

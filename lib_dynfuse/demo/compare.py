@@ -18,6 +18,7 @@ from lib_dynfuse.demo.split import JUDGED_AS, STYLE_WORDS, caption
 from lib_dynfuse.guidance.decoders import Decoder
 from lib_dynfuse.guidance.guide import Guide
 from lib_dynfuse.guidance.objectives import Each
+from lib_dynfuse.guidance.sources import Source
 from lib_dynfuse.guides import prepare
 from lib_dynfuse.hosts.diffusers import default_device
 from lib_dynfuse.options import Options
@@ -268,7 +269,7 @@ def _guide(
         return Each([picture[None] for picture in pictures[: len(seeds)]])
 
     prompt = caption(pair.subject, pair.style)
-    guidance = prepare(method.options, references, [prompt], encoders, default_device(), torch.float32, missing)
+    guidance = prepare(method.options, references, [prompt], Source(encoders), default_device(), torch.float32, missing)
     assert guidance is not None, "what is missing is told, and raises"
     return guidance.guide(range(len(seeds)), seeds, host.decoder(method.options.nudge_decoder))
 

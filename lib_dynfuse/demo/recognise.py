@@ -11,6 +11,7 @@ from torch.nn.functional import adaptive_avg_pool2d, normalize
 from lib_dynfuse.demo import encoders, judge, split
 from lib_dynfuse.demo.data import Pictures
 from lib_dynfuse.guidance.encoders import ClipEncoder, Encoder, load_clip, load_dino
+from lib_dynfuse.guidance.sources import Source
 
 BATCH = 128
 
@@ -101,7 +102,7 @@ def by_captions(clip: ClipEncoder, features: torch.Tensor, pictures: Pictures) -
 
 def clip_figures(folder: Path, pictures: Pictures) -> dict[str, float]:
     """What the CLIP in `folder` says of pictures by their captions, by their neighbours and by references."""
-    clip = load_clip(str(folder))
+    clip = load_clip(folder.name, Source(folder.parent))
     features = looked_at(clip, pictures)
     captions = by_captions(clip, features, pictures)
     return {**captions, **neighbours(features, pictures), **by_references(features, pictures)}
@@ -109,7 +110,7 @@ def clip_figures(folder: Path, pictures: Pictures) -> dict[str, float]:
 
 def dino_figures(folder: Path, pictures: Pictures) -> dict[str, float]:
     """What the DINO in `folder` takes for alike."""
-    features = looked_at(load_dino(str(folder)), pictures)
+    features = looked_at(load_dino(folder.name, Source(folder.parent)), pictures)
     return {**neighbours(features, pictures), **by_references(features, pictures)}
 
 

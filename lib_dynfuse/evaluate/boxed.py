@@ -18,6 +18,7 @@ from lib_dynfuse.demo.split import JUDGED_AS, MORE_SUBJECTS
 from lib_dynfuse.evaluate.plan import Pair
 from lib_dynfuse.evaluate.runs import Job
 from lib_dynfuse.generate import quiet_libraries
+from lib_dynfuse.guidance.sources import Source
 from lib_dynfuse.hosts.diffusers import Embedded
 
 MEASURES = ("subject", "style", "both", "distance")
@@ -50,7 +51,7 @@ class BoxedMaker:
         self._judges = {fresh: Judge.load(BOX / "judge", fresh) for fresh in (False, True)}
 
     def make(self, job: Job) -> Tensor:
-        return job.pictures(self._host, self._settings, BOX / "model", BOX, ENCODERS)
+        return job.pictures(self._host, self._settings, BOX / "model", Source(BOX), ENCODERS)
 
     def judge(self, pair: Pair, pictures: Tensor) -> Sequence[Mapping[str, float]]:
         assert pair.truth is not None, "a pair of the box"

@@ -71,9 +71,13 @@ def evaluate(
     csd: Annotated[
         str, typer.Option(help="CSD's checkpoint, where you have it; none leaves it out.", rich_help_panel=_MEASURE)
     ] = "none",
-    models: Annotated[
-        Path, typer.Option(help="Where encoders are looked for before the hub.", rich_help_panel=_MEASURE)
-    ] = Path("models/dynfuse"),
+    models: Annotated[Path, typer.Option(help="Where encoders are looked for.", rich_help_panel=_MEASURE)] = Path(
+        "models/dynfuse"
+    ),
+    download: Annotated[
+        bool,
+        typer.Option("--download", help="Fetch missing encoders from huggingface.co.", rich_help_panel=_MEASURE),
+    ] = False,
     device: Annotated[str, typer.Option(help="cuda, mps or cpu; else the best there is.", rich_help_panel=_MODEL)] = "",
 ) -> None:
     """Compare the fusion rules on many pairs of a subject and a style, from the same noise."""
@@ -86,7 +90,14 @@ def evaluate(
         if model is None:
             bench = _box(pairs, lora_dir, steps, cfg)
         else:
-            encoders = {"clip": clip, "dino": dino, "csd": csd, "models": models, "device": device}
+            encoders = {
+                "clip": clip,
+                "dino": dino,
+                "csd": csd,
+                "models": models,
+                "device": device,
+                "download": download,
+            }
             bench = _own(Path(pairs), model, lora_dir, config, encoders, steps, cfg)
         plan = _Plan(chosen, seeds, out, resume, against if against in labels else labels[0], workers)
         for path in _compare(bench, plan, {"model": str(model or "box"), "steps": steps, "cfg": cfg}):

@@ -6,7 +6,6 @@ CLIP ViT-L/14's image tower without its projection, 1024 wide, times the style h
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from torch.nn.functional import normalize
 from lib_dynfuse.guidance import weights
 from lib_dynfuse.guidance.libraries import EncoderError, library
 from lib_dynfuse.guidance.preprocess import Preprocess, from_open_clip
+from lib_dynfuse.guidance.sources import Source
 
 _TOWER, _HEAD = "backbone.", "last_layer_style"
 _HEAD_WIDTH = 64  # of every published CLIP tower
@@ -42,42 +42,30 @@ class CsdEncoder:
         return (self.image(images) @ mean).cpu()
 
 
-def load_csd(where: str, folder: Path | None = None, device: torch.device | str = "cpu") -> CsdEncoder:
-    """`where`: the authors' checkpoint, a file or a folder with one; looked for in `folder` first.
+def load_csd(where: str, source: Source, device: torch.device | str = "cpu") -> CsdEncoder:
+    """`where`: the authors' checkpoint, a file or a folder with one; looked for in the source's folder first.
 
     The tower's sizes are read from its weights. Raises EncoderError that says what to put where.
     """
-    found = weights.find([where], folder)
+    found = weights.find([where], source)
     if found is None:
-        raise EncoderError(
-            f"CSD {where}: there is no such file; put the checkpoint at {(folder or Path()) / where}.pth"
-        )
-    path = weights.in_folder(found) if found.is_dir() else found
-    state = {name.removeprefix("module."): value for name, value in _read(path).items()}
+        raise EncoderError(f"CSD {where}: there is no such file; put the checkpoint at {source.title}/{where}.pth")
+    path = weights.in_folder(found, source) if found.is_dir() else found
+    state = {name.removeprefix("module."): value for name, value in weights.state_dict(path, source).items()}
+    shown = source.shown(path)
     tower = {name.removeprefix(_TOWER): value for name, value in state.items() if name.startswith(_TOWER)}
     if _HEAD not in state or "conv1.weight" not in tower or "positional_embedding" not in tower:
-        raise EncoderError(f"{path} is no CSD checkpoint: it lacks {_HEAD} or the tower {_TOWER}conv1.weight")
+        raise EncoderError(f"{shown} is no CSD checkpoint: it lacks {_HEAD} or the tower {_TOWER}conv1.weight")
     visual, size = _tower(tower)
     tower.pop("proj", None)
     try:
         visual.load_state_dict({name: value.float() for name, value in tower.items()})
     except RuntimeError as error:
-        raise EncoderError(f"{path} has another tower than CLIP's: {str(error).splitlines()[-1].strip()}") from error
+        said = str(error).splitlines()[-1].strip()
+        raise EncoderError(f"{shown} has another tower than CLIP's: {said}") from error
     return CsdEncoder(
         f"CSD {path.stem}, ViT/{visual.patch_size[0]} {size}", visual, state[_HEAD], from_open_clip(size, {}), device
     )
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    """The weights by name; the authors' file keeps them beside the training's state."""
-    if path.suffix == ".safetensors":
-        return weights.state_dict(path)
-    try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # its own kinds, pickle's, zipfile's
-        raise EncoderError(f"{path} is not a checkpoint of plain tensors; a .safetensors file is best") from error
-    state = loaded.get("model_state_dict", loaded) if isinstance(loaded, dict) else {}
-    return {name: value for name, value in state.items() if isinstance(value, Tensor)}
 
 
 def _tower(state: dict[str, Tensor]) -> tuple[Any, int]:

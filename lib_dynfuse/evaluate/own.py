@@ -18,6 +18,7 @@ from lib_dynfuse.guidance.encoders import ClipEncoder, DinoEncoder, EncoderError
 from lib_dynfuse.guidance.objectives import Objective
 from lib_dynfuse.guidance.pictures import PictureError, read_picture
 from lib_dynfuse.guidance.scores import harmonic_mean
+from lib_dynfuse.guidance.sources import Source
 from lib_dynfuse.hosts.diffusers import Embedded, default_device
 
 NONE = "none"
@@ -32,15 +33,20 @@ class Encoders:
     csd: str
     models: Path
     device: str
+    download: bool = False
+
+    @property
+    def source(self) -> Source:
+        return Source.of_owner(self.models, self.download)
 
     def open(self) -> tuple[ClipEncoder | None, DinoEncoder | None, CsdEncoder | None]:
         """Raises DynFuseError for one that cannot be had."""
         where = self.device or default_device()
         try:
             return (
-                None if self.clip == NONE else load_clip(self.clip, self.models, where),
-                None if self.dino == NONE else load_dino(self.dino, self.models, where),
-                None if self.csd == NONE else load_csd(self.csd, self.models, where),
+                None if self.clip == NONE else load_clip(self.clip, self.source, where),
+                None if self.dino == NONE else load_dino(self.dino, self.source, where),
+                None if self.csd == NONE else load_csd(self.csd, self.source, where),
             )
         except EncoderError as error:
             raise DynFuseError(str(error)) from error
@@ -73,11 +79,13 @@ class OwnMaker:
         self._own = own
         device = own.encoders.device or None
         quiet_libraries()
-        self._host = Embedded.load(own.model, own.lora_dir, device, config=own.config, say=lambda line: None)
+        self._host = Embedded.load(
+            own.model, own.lora_dir, device, config=own.config, say=lambda line: None, download=own.encoders.download
+        )
         self._clip, self._dino, self._csd = own.encoders.open()
 
     def make(self, job: Job) -> Tensor:
-        return job.pictures(self._host, self._own.picture, self._own.model, self._own.encoders.models, {})
+        return job.pictures(self._host, self._own.picture, self._own.model, self._own.encoders.source, {})
 
     def judge(self, pair: Pair, pictures: Tensor) -> Sequence[Mapping[str, float]]:
         subject, style = (read_pictures(paths) for paths in (pair.subject_pictures, pair.style_pictures))

@@ -20,6 +20,7 @@ from lib_dynfuse.evaluate.plan import Pair
 from lib_dynfuse.evaluate.store import Row, add_rows, keep_picture
 
 if TYPE_CHECKING:
+    from lib_dynfuse.guidance.sources import Source
     from lib_dynfuse.hosts.diffusers import Embedded
 
 TOGETHER = 4  # pictures of one forward pass: what a kill loses at most, in each process
@@ -33,12 +34,12 @@ class Job(NamedTuple):
     seeds: tuple[int, ...]
 
     def pictures(
-        self, host: Embedded, settings: Mapping[str, Any], model: Path, models: Path, encoders: Mapping[str, str]
+        self, host: Embedded, settings: Mapping[str, Any], model: Path, source: Source, encoders: Mapping[str, str]
     ) -> Tensor:
         """[N, 3, H, W] from 0 to 1, as the embedded host makes them.
 
-        Where the method nudges, towards what each LoRA makes alone: `model` is where the host's came from, `models`
-        where encoders are looked for first, `encoders` has options that say which. Raises DynFuseError where nothing
+        Where the method nudges, towards what each LoRA makes alone: `model` is where the host's came from, `source`
+        where encoders may come from, `encoders` has options that say which. Raises DynFuseError where nothing
         is left to nudge by.
         """
         options = self.method.options
@@ -54,11 +55,11 @@ class Job(NamedTuple):
             options = options.model_copy(update=encoders)
             said: list[str] = []
             guidance = compared.guidance(
-                host, model, options, self.seeds, settings, models, said.append, progress=False
+                host, model, options, self.seeds, settings, source, said.append, progress=False
             )
             if guidance is None or guidance.nudge is None:
                 raise DynFuseError(f"the method {self.method.label}: {said[-1] if said else 'there are no nudges'}")
-            decoder = host.decoder(options.nudge_decoder, models)
+            decoder = host.decoder(options.nudge_decoder, source)
             guide = guidance.guide(range(len(self.seeds)), self.seeds, decoder)
         made: Tensor = host.generate(**settings, options=options, seeds=self.seeds, guide=guide, tensors=True)
         return made

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -10,10 +11,23 @@ from typing import Any
 import torch
 
 _FOR_GOOD = ExitStack()
+# A path's folders, as a library's message has them: in quotes, where blanks may be among them, or after a blank.
+_BEGINS = r"""(?:[a-zA-Z]:[\\/]|\\\\|~?/(?!/))"""
+_QUOTED = re.compile(rf"""(?<=["'`]){_BEGINS}(?:[^"'`]*[\\/])?""")
+_PLAIN = re.compile(rf"""(?<![^\s(\[<=:]){_BEGINS}(?:[^\s"'`<>|]*[\\/])?""")
 
 
 class EncoderError(Exception):
     """An encoder cannot be had. The message is a line for a person: what is missing, and what to put where."""
+
+
+def in_a_line(error: BaseException, longest: int = 160) -> str:
+    """What an error says, whatever library it is of: its first line, whole words, without this machine's folders."""
+    lines = str(error).strip().splitlines()
+    said = _PLAIN.sub("", _QUOTED.sub("", lines[0])).rstrip(".") if lines else ""
+    if len(said) > longest:
+        said = said[:longest].rpartition(" ")[0] + " ..."
+    return f"{type(error).__name__}: {said}" if said else type(error).__name__
 
 
 def library(name: str, package: str) -> Any:
@@ -22,7 +36,24 @@ def library(name: str, package: str) -> Any:
         try:
             return importlib.import_module(name)
         except ImportError as error:
-            raise EncoderError(f"{name} cannot be imported ({error}); install the package {package}") from error
+            raise EncoderError(
+                f"{name} cannot be imported ({in_a_line(error)}); install the package {package}"
+            ) from error
+
+
+@contextmanager
+def offline() -> Iterator[None]:
+    """Nothing is asked of the model hub, whatever a library decides: for a process of our own.
+
+    diffusers fetches a checkpoint's settings even where it is told to look at the disk alone.
+    """
+    constants: Any = importlib.import_module("huggingface_hub.constants")
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
 
 
 @contextmanager

@@ -34,8 +34,8 @@ class Automatic1111Guiding:
         self._place = 0
         self._remaining = 1.0
 
-    def decoder(self, kind: str) -> tuple[Decoder, str]:
-        return decoder(kind, _vae)
+    def decoder(self, kind: str, download: bool) -> tuple[Decoder, str]:
+        return decoder(kind, download, _vae)
 
     def begin(self, through_unet: bool) -> Callable[[], None]:
         from modules import shared

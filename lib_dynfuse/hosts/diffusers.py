@@ -16,6 +16,7 @@ from lib_dynfuse.core.types import Role, Row
 from lib_dynfuse.errors import DynFuseError
 from lib_dynfuse.guidance.decoders import Decoder
 from lib_dynfuse.guidance.guide import Guide
+from lib_dynfuse.guidance.sources import Source
 from lib_dynfuse.hosts.adapters import Adapters, Layers, Network
 from lib_dynfuse.hosts.guided_steps import guided_steps
 from lib_dynfuse.hosts.latent_pictures import latent_decoder
@@ -54,14 +55,15 @@ class Embedded:
         dtype: torch.dtype | None = None,
         config: Path | str | None = None,
         say: Callable[[str], None] = _log.warning,
+        download: bool = False,
     ) -> Embedded:
         """Open a model. Without a device the first of CUDA, MPS and CPU; without a dtype half precision but on the CPU.
 
-        Raises DynFuseError for a model that cannot be opened (see `open_pipeline` for `config`).
+        Raises DynFuseError for a model that cannot be opened (see `open_pipeline` for `config` and `download`).
         """
         device = device or default_device()
         dtype = dtype or (torch.float32 if torch.device(device).type == "cpu" else torch.float16)
-        pipe = open_pipeline(Path(model), dtype, None if config is None else Path(config))
+        pipe = open_pipeline(Path(model), dtype, None if config is None else Path(config), download)
         return cls(pipe.to(device), Path(model).stem, None if lora_dir is None else Path(lora_dir), say)
 
     @property
@@ -74,9 +76,9 @@ class Embedded:
         """The WebUI's name of a sampler; of the model's own without one."""
         return sampler_name(make_sampler(self._own_sampler, sampler))
 
-    def decoder(self, name: str, folder: Path | None = None) -> Decoder:
+    def decoder(self, name: str, source: Source | None = None) -> Decoder:
         """What a guide looks at latents through: taesd, vae or linear. See `latent_decoder`; loads."""
-        return latent_decoder(self.pipe, name, folder, self.say)
+        return latent_decoder(self.pipe, name, source or Source(), self.say)
 
     @torch.no_grad()
     def generate(

@@ -27,8 +27,8 @@ class ForgeGuiding:
         self._uncond: Tensor | None = None
         self._cfg = False
 
-    def decoder(self, kind: str) -> tuple[Decoder, str]:
-        return decoder(kind, _vae)
+    def decoder(self, kind: str, download: bool) -> tuple[Decoder, str]:
+        return decoder(kind, download, _vae)
 
     def begin(self, through_unet: bool) -> Callable[[], None]:
         from modules import shared

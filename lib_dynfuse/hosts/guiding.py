@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 
 from lib_dynfuse.guidance.decoders import Decoder, TaesdDecoder, linear
 from lib_dynfuse.guidance.guide import Guide
+from lib_dynfuse.guidance.libraries import in_a_line
 
 
 class Guiding(Protocol):
@@ -20,9 +23,9 @@ class Guiding(Protocol):
     tells of the UNet's results, `nudge` once cond and uncond have become one prediction.
     """
 
-    def decoder(self, kind: str) -> tuple[Decoder, str]:
-        """The decoder that is called taesd, vae or linear, and what to tell where it had to be another. Loads, so never
-        to be asked for while sampling."""
+    def decoder(self, kind: str, download: bool) -> tuple[Decoder, str]:
+        """The decoder that is called taesd, vae or linear, and what to tell where it had to be another. `download`: the
+        WebUI may fetch its own file for it. Loads, so never to be asked for while sampling."""
 
     def begin(self, through_unet: bool) -> Callable[[], None]:
         """Sampling is about to begin; returns what ends it."""
@@ -50,7 +53,7 @@ def latent_kind(model: Any) -> str:
     return "sd2" if getattr(model, "is_sd2", False) else "sd1"
 
 
-def decoder(kind: str, vae: Callable[[], Decoder]) -> tuple[Decoder, str]:
+def decoder(kind: str, download: bool, vae: Callable[[], Decoder]) -> tuple[Decoder, str]:
     """See `Guiding.decoder`; `vae` makes the one that only the host knows how to."""
     from modules import shared
 
@@ -58,21 +61,55 @@ def decoder(kind: str, vae: Callable[[], Decoder]) -> tuple[Decoder, str]:
     if kind == "linear":
         return approximation, ""
     try:
-        return (vae() if kind == "vae" else taesd()), ""
+        return (vae() if kind == "vae" else taesd(download)), ""
+    except NotFetchedError as error:
+        return approximation, f"nudged by the linear approximation: {error}"
     # Whatever a download, a damaged file or a model without a VAE raises.
     except Exception as error:
-        said = " ".join(str(error).split())[:160] or type(error).__name__
-        return approximation, f"the decoder {kind} could not be loaded ({said}); nudged by the linear approximation"
+        said = f"the decoder {kind} could not be loaded ({in_a_line(error)})"
+        return approximation, f"{said}; nudged by the linear approximation"
 
 
-def taesd() -> Decoder:
-    """The WebUI's own small decoder for live previews, which it downloads once."""
+class NotFetchedError(Exception):
+    """A file of the host's is missing and was not to be fetched; the message says which, and where it goes."""
+
+
+def taesd(download: bool) -> Decoder:
+    """The WebUI's own small decoder for live previews, which it fetches once where `download` allows it.
+
+    Raises NotFetchedError where it does not.
+    """
     from modules import sd_vae_taesd
 
-    module = sd_vae_taesd.decoder_model()
+    with nullcontext() if download else _nothing_fetched(sd_vae_taesd):
+        module = sd_vae_taesd.decoder_model()
     if module is None:
-        raise FileNotFoundError("its file is missing in models/VAE-taesd")
+        raise NotFetchedError("the WebUI has no preview decoder (TAESD) for this model")
     return TaesdDecoder(module)
+
+
+@contextmanager
+def _nothing_fetched(owner: Any) -> Iterator[None]:
+    """The host knows itself which file a model needs, and fetches it unasked: in this thread, for now, it does not."""
+    own, ours = getattr(owner, "download_model", None), threading.get_ident()
+    if own is None:
+        raise NotFetchedError("how this WebUI fetches its preview decoder is not known")
+
+    def instead(path: Any, url: str) -> None:
+        if threading.get_ident() != ours:
+            return own(path, url)
+        if not Path(path).is_file():
+            name = Path(path).name
+            raise NotFetchedError(
+                f"the preview decoder (TAESD) is not on this machine: put {url} as models/VAE-taesd/{name}, or "
+                "tick Download missing encoders in Settings, Dynamic LoRA Fusion"
+            )
+
+    owner.download_model = instead
+    try:
+        yield
+    finally:
+        owner.download_model = own
 
 
 class Activations:

@@ -4,26 +4,27 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lib_dynfuse.guidance.decoders import Decoder, TaesdDecoder, VaeDecoder, linear
+from lib_dynfuse.guidance.libraries import in_a_line
+from lib_dynfuse.guidance.sources import HUB, Source
 
 # A picture of 512 pixels is decoded as it is; larger ones would take the memory of a second UNet.
 VAE_SIDE = 64
 # Parameters of a decoder that costs no more than a TAESD (1.2 million); Stable Diffusion's own has 50 million.
 _SMALL = 5_000_000
-_HUB = "madebyollin"
+_OWNER = "madebyollin"
 
 
-def latent_decoder(pipe: Any, name: str, folder: Path | None, say: Callable[[str], None]) -> Decoder:
+def latent_decoder(pipe: Any, name: str, source: Source, say: Callable[[str], None]) -> Decoder:
     """The decoder called taesd, vae or linear for this pipeline; where it cannot be had, another, and it is said why.
 
-    `folder`: where taesd (SD 1.x and 2.x) or taesdxl is looked for before the model hub. A model whose own VAE is as
-    small as a TAESD is looked at through that. Loads, so never to be called while sampling.
+    `source`: in whose folder taesd (SD 1.x and 2.x) or taesdxl is looked for, and whether it may be fetched. A model
+    whose own VAE is as small as a TAESD is looked at through that. Loads, so never to be called while sampling.
     """
     kind = "sdxl" if "XL" in type(pipe).__name__ else "sd1"
     if name == "linear":
@@ -32,23 +33,26 @@ def latent_decoder(pipe: Any, name: str, folder: Path | None, say: Callable[[str
         return _vae_decoder(pipe.vae)
     title = "taesdxl" if kind == "sdxl" else "taesd"
     try:
-        return TaesdDecoder(_tiny(title, folder, pipe).decoder, signed=True)
+        return TaesdDecoder(_tiny(title, source, pipe).decoder, signed=True)
     # Whatever the hub, the network or a file that is something else may raise.
     except Exception as error:
-        why = " ".join(str(error).split())[:160] or type(error).__name__
-        place = (folder or Path("models/dynfuse")) / title
-        advice = f"put {_HUB}/{title}, as a diffusers folder, at {place}"
-        say(f"no {title} ({why}): nudged by the linear approximation; {advice}")
+        why = in_a_line(error) if source.download else "it is not on this machine"
+        advice = f"put {HUB}/{_OWNER}/{title} (10 MB), as a diffusers folder, at {source.title}/{title}"
+        consent = f", or {source.consent}" if source.consent else ""
+        say(f"no {title} ({why}): nudged by the linear approximation; {advice}{consent}")
         return linear(kind)
 
 
-def _tiny(title: str, folder: Path | None, pipe: Any) -> Any:
+def _tiny(title: str, source: Source, pipe: Any) -> Any:
     from diffusers import AutoencoderTiny
 
-    own = None if folder is None else folder / title
+    own = None if source.folder is None else source.folder / title
     local = own is not None and own.is_dir()
     tiny = AutoencoderTiny.from_pretrained(
-        str(own) if local else f"{_HUB}/{title}", dtype=pipe.unet.dtype, local_files_only=local
+        str(own) if local else f"{_OWNER}/{title}",
+        dtype=pipe.unet.dtype,
+        local_files_only=local or not source.download,
+        use_safetensors=True,
     )
     return tiny.to(pipe.unet.device).requires_grad_(False)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from safetensors import SafetensorError, safe_open
 
 from lib_dynfuse.errors import DynFuseError
+from lib_dynfuse.guidance.libraries import offline
 
 _KINDS: dict[str, Any] = {
     "StableDiffusionPipeline": StableDiffusionPipeline,
@@ -19,12 +21,13 @@ _KINDS: dict[str, Any] = {
 _READABLE = "SD 1.x, SD 2.x and SDXL models can be used"
 
 
-def open_pipeline(model: Path, dtype: torch.dtype, config: Path | None = None) -> Any:
-    """The text-to-image pipeline of a model, without a safety checker.
+def open_pipeline(model: Path, dtype: torch.dtype, config: Path | None = None, download: bool = False) -> Any:
+    """The text-to-image pipeline of a model, without a safety checker. Weights are read from safetensors files alone.
 
     config: a diffusers folder of the same architecture, where a single file's tokenizer and component settings are
-    taken from; without one diffusers asks its cache and then the hub. A `.yaml` beside the file is its original
-    configuration. Raises DynFuseError for what is missing, damaged or of another kind.
+    taken from; without one they come from the hub's cache on this disk and, where `download` allows it, from the hub.
+    A `.yaml` beside the file is its original configuration. Raises DynFuseError for what is missing, damaged or of
+    another kind.
     """
     if config is not None and not config.is_dir():
         raise DynFuseError(f"--config {config} is not a folder")
@@ -32,7 +35,7 @@ def open_pipeline(model: Path, dtype: torch.dtype, config: Path | None = None) -
         return _open_folder(model, dtype)
     if not model.exists():
         raise DynFuseError(f"model {model} does not exist")
-    return _open_file(model, dtype, config)
+    return _open_file(model, dtype, config, download)
 
 
 def _open_folder(model: Path, dtype: torch.dtype) -> Any:
@@ -51,6 +54,7 @@ def _open_folder(model: Path, dtype: torch.dtype) -> Any:
             model,
             dtype=dtype,
             local_files_only=True,
+            use_safetensors=True,
             variant="fp16" if half_only else None,
             **_extras(name),
         )
@@ -58,21 +62,30 @@ def _open_folder(model: Path, dtype: torch.dtype) -> Any:
         raise DynFuseError(f"{model} cannot be loaded: {_line(error)}") from error
 
 
-def _open_file(model: Path, dtype: torch.dtype, config: Path | None) -> Any:
+def _open_file(model: Path, dtype: torch.dtype, config: Path | None, download: bool) -> Any:
     name = _kind_of_file(model)
     original = model.with_suffix(".yaml")
+    fetch = download and config is None
     try:
-        return _KINDS[name].from_single_file(
-            str(model),
-            dtype=dtype,
-            config=None if config is None else str(config),
-            original_config=str(original) if original.is_file() else None,
-            local_files_only=config is not None,
-            **_extras(name),
-        )
+        with nullcontext() if fetch else offline():
+            return _KINDS[name].from_single_file(
+                str(model),
+                dtype=dtype,
+                config=None if config is None else str(config),
+                original_config=str(original) if original.is_file() else None,
+                local_files_only=not fetch,
+                **_extras(name),
+            )
     # Whatever the hub, the network or a state dict that does not fit may raise.
     except Exception as error:
-        need = "" if config else "; offline, give --config a diffusers folder of the same architecture"
+        need = (
+            ""
+            if config
+            else (
+                "; a checkpoint lacks tokenizer and settings: give --config a diffusers folder of the same architecture"
+            )
+        )
+        need += "" if config or download else ", or have them fetched from huggingface.co with --download (2 MB)"
         raise DynFuseError(f"{model} cannot be loaded: {_line(error)}{need}") from error
 
 

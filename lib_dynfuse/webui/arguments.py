@@ -8,12 +8,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lib_dynfuse.errors import quoted, shown
+from lib_dynfuse.guidance.sources import is_plain, not_allowed
 from lib_dynfuse.options import FIELDS, Options, OptionsError, with_preset
 
 # The panel's components stand in this order, so this is what a positional list means.
 ORDER: tuple[str, ...] = tuple(option.name for option in FIELDS)
 # Options whose values are pictures.
 PICTURES = tuple(option.name for option in FIELDS if isinstance(option.default, list))
+# Options that name files of weights.
+ENCODERS = ("clip", "dino")
 SWITCH = {"on": True, "true": True, "off": False, "false": False}
 
 
@@ -32,12 +35,16 @@ def read_arguments(args: Sequence[Any], overrides: Mapping[str, Any] | None = No
 
 def read_values(values: Mapping[str, Any]) -> Options:
     """Options by name, as `Options.read`, where `parameters` may also be the panel's text, pictures its files, and a
-    preset is named."""
+    preset is named. An encoder is named, never pathed: whoever writes here may be a stranger."""
     values = with_preset(values)
     parameters = values.get("parameters")
     if isinstance(parameters, str):
         values = {**values, "parameters": parse_parameters(parameters)}
-    return Options.read({**values, **{name: pictures(values[name]) for name in PICTURES if name in values}})
+    options = Options.read({**values, **{name: pictures(values[name]) for name in PICTURES if name in values}})
+    for name in ENCODERS:
+        if not is_plain(getattr(options, name).strip()):
+            raise OptionsError(f"{name}: {not_allowed(name.upper())}")
+    return options
 
 
 def pictures(given: Any) -> list[Any]:

@@ -15,6 +15,7 @@ from PIL import Image
 from lib_dynfuse import guides
 from lib_dynfuse.core.types import Role
 from lib_dynfuse.errors import DynFuseError, shown, without_folders
+from lib_dynfuse.guidance.libraries import in_a_line
 from lib_dynfuse.guidance.pictures import PictureError
 from lib_dynfuse.guidance.scores import as_text, best
 from lib_dynfuse.hosts.base import Unsupported
@@ -136,7 +137,7 @@ def _begin_guiding(p: Any, generation: _Generation, given: references.Given) -> 
         generation.guidance = guided.begin(p, session.options, session.host, given, session.tell)
     except Exception as error:
         _log.exception("guidance could not begin")
-        session.tell(f"not nudged: {type(error).__name__}: {error}")
+        session.tell(f"not nudged: {in_a_line(error)}")
     if generation.guidance is not None:
         p.extra_generation_params[SCORES_KEY] = _scores
 
@@ -244,7 +245,7 @@ def _score(p: Any, generation: _Generation, images: Any) -> None:
         generation.scores = generation.guidance.scores(p, images)
     except Exception as error:
         _log.exception("pictures could not be scored")
-        generation.session.tell(f"not scored: {type(error).__name__}: {error}")
+        generation.session.tell(f"not scored: {in_a_line(error)}")
         return
     generation.kept[:] = best(generation.scores, generation.session.options.keep_best)
     generation.all_scores += [generation.scores[place] for place in generation.kept]

@@ -64,7 +64,7 @@ def begin(p: Any, options: Options, host: Host, given: Given, tell: Callable[[st
             options,
             lambda role: _references(p, options, given, role),
             [strip_tags(prompt) for prompt in p.all_prompts],
-            settings.encoder_folder(),
+            settings.encoder_source(),
             _device(),
             _dtype(),
             tell,
@@ -79,7 +79,7 @@ def begin(p: Any, options: Options, host: Host, given: Given, tell: Callable[[st
         guidance.nudge = replace(guidance.nudge, mode="x0")
     decoder = None
     if guidance.nudge is not None:
-        decoder, said = host.guiding.decoder(options.nudge_decoder)
+        decoder, said = host.guiding.decoder(options.nudge_decoder, settings.is_on(settings.DOWNLOAD))
         if said:
             tell(said)
     return Guided(guidance, decoder)

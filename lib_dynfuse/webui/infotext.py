@@ -10,8 +10,10 @@ from typing import Any
 from lib_dynfuse.options import FIELDS, INFOTEXT_KEY, NOT_IN_INFOTEXT, WINDOWS, Options, OptionsError
 from lib_dynfuse.webui.arguments import PICTURES, format_parameters, read_values
 
-# What an infotext does not say, or says of pictures that are not in it: pasting leaves it as it is.
-NOT_PASTED = (*(name for name in NOT_IN_INFOTEXT if name != "enabled"), *PICTURES)
+# What an infotext does not say, or says of pictures that are not in it: pasting leaves it as it is. So it leaves what
+# would open or fetch a file: that is for whoever sits here to choose, not for the maker of a picture.
+_OPENS_FILES = ("clip", "dino", "nudge_decoder")
+NOT_PASTED = (*(name for name in NOT_IN_INFOTEXT if name != "enabled"), *PICTURES, *_OPENS_FILES)
 _KEYS = {option.name: option.key for option in FIELDS if option.name not in ("enabled", *NOT_PASTED)}
 
 

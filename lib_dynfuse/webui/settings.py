@@ -2,27 +2,36 @@
 
 from __future__ import annotations
 
+import functools
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, BinaryIO
+
+from lib_dynfuse.guidance.sources import MODELS, Source
 
 ENCODER_FOLDER = "dynfuse_encoder_folder"
+MORE_ENCODERS = "dynfuse_more_encoders"
+DOWNLOAD = "dynfuse_download"
 ENCODERS_REST = "dynfuse_encoders_rest"
 LOG_LEVEL = "dynfuse_log_level"
 SECTION = ("dynfuse", "Dynamic LoRA Fusion")
 _LOGGER = "lib_dynfuse"
+CONSENT = "tick Download missing encoders in Settings, Dynamic LoRA Fusion"
 
 
 @dataclass(frozen=True)
 class Setting:
     """One setting; `key` is its name in the host's config.json. Without `choices` it is a line of text, or a switch
-    where its default is one."""
+    where its default is one. `owners`: what is opened or fetched depends on it, so no request may change it."""
 
     key: str
     label: str
     default: str | bool
     choices: tuple[str, ...]
     help: str
+    owners: bool = False
 
 
 _DEVICES = ("auto", "cpu", "cuda", "mps")
@@ -34,7 +43,26 @@ SETTINGS = (
         "Encoder folder",
         "",
         (),
-        "where CLIP and DINO are looked for before the model hub; empty: models/dynfuse of the WebUI",
+        "where CLIP and DINO are looked for; empty: models/dynfuse of the WebUI, and only there .pt and .bin are read",
+        owners=True,
+    ),
+    Setting(
+        DOWNLOAD,
+        "Download missing encoders",
+        False,
+        (),
+        "when they are first needed: CLIP (605 MB) and DINO (87 MB) from huggingface.co, and the preview decoder TAESD "
+        "(5 MB) from github.com",
+        owners=True,
+    ),
+    Setting(
+        MORE_ENCODERS,
+        "More encoders",
+        "",
+        (),
+        "names on the model hub that may be used besides the two above, with commas between, as in "
+        "ViT-L-14:laion2b_s32b_b82k, facebook/dinov2-base",
+        owners=True,
     ),
     Setting("dynfuse_guidance_device", "Guidance device", "auto", _DEVICES, "auto: the UNet's"),
     Setting("dynfuse_guidance_dtype", "Guidance dtype", "auto", _DTYPES, "auto: the UNet's"),
@@ -67,11 +95,19 @@ def on_ui_settings() -> None:
             setting.default,
             setting.label,
             gr.Radio if setting.choices else plain,
-            {"choices": list(setting.choices)} if setting.choices else {},
+            _arguments(setting, shared),
             section=SECTION,
+            restrict_api=setting.owners,
         )
         shared.opts.add_option(setting.key, info.info(setting.help))
     shared.opts.onchange(LOG_LEVEL, apply_log_level)
+
+
+def _arguments(setting: Setting, shared: Any) -> dict[str, Any]:
+    if setting.key == ENCODER_FOLDER:
+        # Neither shown nor changed where the host was started so that it hides its folders.
+        return dict(getattr(shared, "hide_dirs", None) or {})
+    return {"choices": list(setting.choices)} if setting.choices else {}
 
 
 def value(key: str) -> str:
@@ -85,12 +121,30 @@ def is_on(key: str) -> bool:
     return bool(_stored(key))
 
 
-def encoder_folder() -> Path:
-    """Where CLIP and DINO are looked for first, whether it is there or not."""
+def encoder_source() -> Source:
+    """Where CLIP and DINO may come from, whether the folder is there or not."""
     from modules import paths
 
     named = value(ENCODER_FOLDER).strip()
-    return Path(named).expanduser() if named else Path(paths.models_path) / "dynfuse"
+    return Source(
+        folder=Path(named).expanduser() if named else Path(paths.models_path) / "dynfuse",
+        title="the encoder folder" if named else MODELS,
+        allowed=tuple(filter(None, (name.strip() for name in value(MORE_ENCODERS).split(",")))),
+        download=is_on(DOWNLOAD),
+        consent="" if is_on(DOWNLOAD) else CONSENT,
+        pickles=not named,
+        check_pickle=_host_check(),
+    )
+
+
+def _host_check() -> Callable[[BinaryIO], None] | None:
+    """The host's own check of a pickle, whether or not it is told to leave it out for its own files."""
+    try:
+        from modules import safe
+    except ImportError:
+        return None
+    check = getattr(safe, "check_pt", None)
+    return None if check is None else functools.partial(check, extra_handler=None)
 
 
 def _stored(key: str) -> str | bool:

@@ -15,8 +15,10 @@ from torch.nn.functional import normalize
 
 from lib_dynfuse.demo import data, encoders, judge, loras, model, recognise, split
 from lib_dynfuse.guidance.encoders import Encoder, load_clip, load_dino
+from lib_dynfuse.guidance.sources import Source
 
 BOX = Path(model.__file__).parent
+BOXED = Source(BOX)
 EXPECTED_LORAS = {
     *(f"subject-{loras.file_name(name)}" for name in split.HELD_SUBJECTS),
     *(f"style-{loras.file_name(split.STYLE_WORDS[style])}" for style in split.HELD_STYLES),
@@ -157,11 +159,11 @@ def test_clip_and_dino_are_fp16_and_finite() -> None:
 
 
 def test_dino_tells_the_subject_of_a_picture_that_it_never_saw_in_that_style() -> None:
-    assert share_told_by_other_drawings(*features(load_dino(str(encoders.DINO_BOX)))) >= 0.6
+    assert share_told_by_other_drawings(*features(load_dino("dino", BOXED))) >= 0.6
 
 
 def test_clip_tells_that_subject_and_style() -> None:
-    clip = load_clip(str(encoders.CLIP_BOX))
+    clip = load_clip("clip", BOXED)
     seen, pictures = features(clip)
     assert share_told_by_other_drawings(seen, pictures) >= 0.4
     truths, styles = pictures.truth, [split.JUDGED_AS[style] for style in pictures.styles]
@@ -173,7 +175,10 @@ def test_clip_tells_that_subject_and_style() -> None:
 
 
 def test_a_step_along_the_gradient_brings_a_picture_nearer_to_its_reference() -> None:
-    for encoder in (load_clip(str(encoders.CLIP_BOX)), load_dino(str(encoders.DINO_BOX))):
+    for encoder in (
+        load_clip("clip", BOXED),
+        load_dino("dino", BOXED),
+    ):
         seen, pictures = features(encoder)
         fox = pictures.where(("fox",), ("flat",))
         images = (pictures.images[pictures.where(split.HELD_SUBJECTS, ("hc",))].float() / 255).requires_grad_()

@@ -16,6 +16,7 @@ from transformers import ViTModel
 
 from lib_dynfuse.demo import data, encoders, judge, loop, recognise
 from lib_dynfuse.guidance.encoders import load_clip, load_dino
+from lib_dynfuse.guidance.sources import Source
 
 open_clip = encoders.import_open_clip()
 FILES = ("clip/open_clip_model.safetensors", "dino/model.safetensors")
@@ -204,13 +205,13 @@ def test_both_together_are_at_most_6_megabytes(trained: Path) -> None:
 def test_guidance_sees_through_them_what_training_saw(trained: Path) -> None:
     images = torch.rand(4, 3, 64, 64, generator=generator())
     small = encoders.sized(images * 2 - 1)
-    clip = load_clip(str(trained / "clip"))
+    clip = load_clip("clip", Source(trained))
     model: Any = open_clip.create_model(f"local-dir:{trained / 'clip'}").float().eval()
     expected = model.encode_image(encoders.prepared(small, encoders.CLIP_MEAN, encoders.CLIP_STD), True)
     assert torch.allclose(clip.image(images), expected, atol=1e-3)
     tokens = open_clip.SimpleTokenizer(context_length=16)(["fox emoji", "flat style"])
     assert torch.allclose(clip.text(["fox emoji", "flat style"]), model.encode_text(tokens, True), atol=1e-4)
-    dino = load_dino(str(trained / "dino"))
+    dino = load_dino("dino", Source(trained))
     vit = ViTModel.from_pretrained(trained / "dino", add_pooling_layer=False, dtype=torch.float32).eval()
     found = vit(encoders.prepared(small, encoders.DINO_MEAN, encoders.DINO_STD)).last_hidden_state[:, 0]
     assert torch.allclose(dino.image(images), normalize(found, dim=1), atol=1e-3)

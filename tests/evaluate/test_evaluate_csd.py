@@ -13,6 +13,7 @@ from torch import Tensor
 from lib_dynfuse.evaluate.csd import load_csd
 from lib_dynfuse.guidance.encoders import EncoderError
 from lib_dynfuse.guidance.libraries import skip_missing_operators
+from lib_dynfuse.guidance.sources import Source
 
 skip_missing_operators()
 WIDTH, SIDE, PATCH = 64, 32, 16
@@ -35,7 +36,7 @@ def checkpoint(**changes: Tensor | None) -> dict[str, Tensor]:
 def test_the_style_is_the_tower_without_its_projection_times_the_style_head(tmp_path: Path) -> None:
     state = checkpoint()
     torch.save({"model_state_dict": state, "epoch": 3}, tmp_path / "csd.pth")
-    encoder = load_csd("csd", tmp_path)
+    encoder = load_csd("csd", Source(tmp_path, pickles=True))
     images = torch.rand(2, 3, SIDE, SIDE)
     bare = tower()
     bare.proj = None
@@ -51,7 +52,7 @@ def test_the_style_is_the_tower_without_its_projection_times_the_style_head(tmp_
 
 def test_a_picture_is_nearest_to_itself(tmp_path: Path) -> None:
     save_file(checkpoint(), tmp_path / "csd.safetensors")
-    encoder = load_csd(str(tmp_path / "csd.safetensors"))
+    encoder = load_csd("csd.safetensors", Source(tmp_path))
     images = torch.rand(2, 3, SIDE, SIDE)
     near = encoder.nearness(images, [images[:1]])
     assert near[0] == pytest.approx(1.0, abs=1e-5)
@@ -69,12 +70,12 @@ def test_a_picture_is_nearest_to_itself(tmp_path: Path) -> None:
 def test_a_file_of_something_else_is_named(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
     torch.save({"model_state_dict": checkpoint(**changes)}, tmp_path / "csd.pth")
     with pytest.raises(EncoderError, match=said):
-        load_csd("csd", tmp_path)
+        load_csd("csd", Source(tmp_path, pickles=True))
 
 
 def test_where_the_weights_are_not_it_says_where_to_put_them(tmp_path: Path) -> None:
     with pytest.raises(EncoderError, match="put the checkpoint at"):
-        load_csd("csd", tmp_path)
+        load_csd("csd", Source(tmp_path, pickles=True))
     (tmp_path / "csd.pth").write_bytes(b"not one")
-    with pytest.raises(EncoderError, match="not a checkpoint of plain tensors"):
-        load_csd("csd", tmp_path)
+    with pytest.raises(EncoderError, match="not a checkpoint of torch"):
+        load_csd("csd", Source(tmp_path, pickles=True))

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from lib_dynfuse.guidance.encoders import EncoderError, load_clip, load_dino
 from lib_dynfuse.guidance.preprocess import from_open_clip, from_transformers
+from lib_dynfuse.guidance.sources import Source
 
 CLIP = {
     "embed_dim": 12,
@@ -114,7 +115,7 @@ def test_an_unknown_way_of_preparing_is_refused_by_name() -> None:
 
 
 def test_clip_from_a_folder_embeds_pictures_and_prompts_as_open_clip_does(room: Path) -> None:
-    encoder = load_clip("small-clip", room)
+    encoder = load_clip("small-clip", Source(room))
     assert encoder.name == "small-clip (open_clip)"
     model = random_clip()
     pixels = torch.rand(2, 3, 32, 32)
@@ -126,7 +127,7 @@ def test_clip_from_a_folder_embeds_pictures_and_prompts_as_open_clip_does(room: 
 
 
 def test_dino_from_a_folder_gives_the_class_token_as_transformers_does(room: Path) -> None:
-    encoder = load_dino("someone/small-dino", room)
+    encoder = load_dino("someone/small-dino", Source(room))
     assert encoder.name == "small-dino (transformers)"
     model = transformers.ViTModel.from_pretrained(room / "small-dino", add_pooling_layer=False).eval()
     image = picture(32, 32)
@@ -139,7 +140,7 @@ def test_dino_from_a_folder_gives_the_class_token_as_transformers_does(room: Pat
 def test_dino_v2_is_read_by_its_own_class(tmp_path: Path) -> None:
     config = transformers.Dinov2Config(**{**DINO, "image_size": 56, "mlp_ratio": 2})
     transformers.Dinov2Model(config).save_pretrained(tmp_path)
-    encoder = load_dino(str(tmp_path))
+    encoder = load_dino(tmp_path.name, Source(tmp_path.parent))
     assert encoder.preprocess.crop == (224, 224)
     assert encoder.image(torch.rand(1, 3, 64, 64)).shape == (1, 32)
 
@@ -147,7 +148,7 @@ def test_dino_v2_is_read_by_its_own_class(tmp_path: Path) -> None:
 def test_a_vit_looks_at_the_size_that_its_pictures_file_says(room: Path, tmp_path: Path) -> None:
     transformers.ViTModel.from_pretrained(room / "small-dino", add_pooling_layer=False).save_pretrained(tmp_path)
     (tmp_path / "preprocessor_config.json").write_text(json.dumps({**PICTURES, "size": 48}))
-    assert load_dino(str(tmp_path)).image(torch.rand(1, 3, 64, 64)).shape == (1, 32)
+    assert load_dino(tmp_path.name, Source(tmp_path.parent)).image(torch.rand(1, 3, 64, 64)).shape == (1, 32)
 
 
 def test_a_transformers_without_dino_v2_is_told(room: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,12 +156,12 @@ def test_a_transformers_without_dino_v2_is_told(room: Path, tmp_path: Path, monk
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "dinov2_with_registers"}))
     monkeypatch.setattr("lib_dynfuse.guidance.encoders._DINO_CLASSES", {"dinov2_with_registers": "NoSuchModel"})
     with pytest.raises(EncoderError, match="has no NoSuchModel; a DINO v1 works there"):
-        load_dino(str(tmp_path))
+        load_dino(tmp_path.name, Source(tmp_path.parent))
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (40, 90)], ids=str)
 def test_embeddings_have_length_one_and_each_picture_its_own_gradient(room: Path, shape: tuple[int, int]) -> None:
-    for encoder in (load_clip("small-clip", room), load_dino("small-dino", room)):
+    for encoder in (load_clip("small-clip", Source(room)), load_dino("small-dino", Source(room))):
         images = torch.rand(3, 3, *shape, requires_grad=True)
         embedding = encoder.image(images)
         torch.testing.assert_close(embedding.norm(dim=-1), torch.ones(3))
@@ -172,7 +173,7 @@ def test_embeddings_have_length_one_and_each_picture_its_own_gradient(room: Path
 
 
 def test_the_gradient_is_that_of_finite_differences(room: Path) -> None:
-    encoder = load_clip("small-clip", room)
+    encoder = load_clip("small-clip", Source(room))
     # Far from 0 and 1, where a resized picture is cut off.
     images = torch.rand(1, 3, 48, 48) * 0.4 + 0.3
     direction = torch.randn_like(images)
@@ -186,7 +187,7 @@ def test_the_gradient_is_that_of_finite_differences(room: Path) -> None:
 
 def test_what_was_loaded_inside_inference_mode_still_has_gradients(room: Path) -> None:
     with torch.inference_mode():
-        encoders = load_clip("small-clip", room), load_dino("small-dino", room)
+        encoders = load_clip("small-clip", Source(room)), load_dino("small-dino", Source(room))
         with torch.inference_mode(False), torch.enable_grad():
             for encoder in encoders:
                 images = torch.rand(1, 3, 40, 40, requires_grad=True)
@@ -195,7 +196,7 @@ def test_what_was_loaded_inside_inference_mode_still_has_gradients(room: Path) -
 
 
 def test_the_model_is_frozen_and_autocast_does_not_reach_it(room: Path) -> None:
-    for encoder in (load_clip("small-clip", room), load_dino("small-dino", room)):
+    for encoder in (load_clip("small-clip", Source(room)), load_dino("small-dino", Source(room))):
         assert not any(parameter.requires_grad for parameter in encoder._model.parameters())
         assert not encoder._model.training
         images = torch.rand(1, 3, 32, 32)
@@ -207,10 +208,10 @@ def test_the_model_is_frozen_and_autocast_does_not_reach_it(room: Path) -> None:
 def test_half_weights_give_float32_near_the_full_ones(room: Path) -> None:
     images = torch.rand(2, 3, 32, 32)
     for load, name in ((load_clip, "small-clip"), (load_dino, "small-dino")):
-        half = load(name, room, dtype=torch.bfloat16).image(images)
+        half = load(name, Source(room), dtype=torch.bfloat16).image(images)
         assert half.dtype is torch.float32
-        assert (half * load(name, room).image(images)).sum(-1).min() > 0.99
-    assert load_clip("small-clip", room, dtype=torch.bfloat16).text(["a fox"]).dtype is torch.float32
+        assert (half * load(name, Source(room)).image(images)).sum(-1).min() > 0.99
+    assert load_clip("small-clip", Source(room), dtype=torch.bfloat16).text(["a fox"]).dtype is torch.float32
 
 
 @pytest.fixture
@@ -229,7 +230,7 @@ def test_a_checkpoint_file_is_found_by_architecture_and_name(
     name = "Tiny-8" if where == "Tiny-8" else "Tiny-8-fox"
     state = {f"module.{key}": value for key, value in random_clip().state_dict().items()}
     torch.save({"state_dict": state, "epoch": 3}, tmp_path / f"{name}.pt")
-    encoder = load_clip(where, tmp_path)
+    encoder = load_clip(where, Source(tmp_path, pickles=True))
     assert encoder.name == f"{name} (open_clip)"
     pixels = torch.rand(1, 3, 32, 32)
     normal = (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
@@ -241,43 +242,40 @@ def test_published_weights_are_those_that_open_clip_loads(
     known_architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[tuple[str, str]] = []
+    save_file(random_clip().state_dict(), tmp_path / "open_clip_model.safetensors")
 
-    def create_model(arch: str, tag: str, **options: object) -> open_clip.CLIP:
-        asked.append((arch, tag))
-        return random_clip()
+    def cached(repository: str, file: str) -> str:
+        asked.append((repository, file))
+        return str(tmp_path / file)
 
-    published = {"openai": {}, "laion2b_one": {"mean": (0.5, 0.5, 0.5)}}
-    monkeypatch.setattr(open_clip, "create_model", create_model)
+    published = {"openai": {}, "laion2b_one": {"mean": (0.5, 0.5, 0.5), "hf_hub": "laion/one/"}, "url": {"url": "x"}}
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", cached)
+    monkeypatch.setattr(open_clip, "create_model", None)
     monkeypatch.setattr(open_clip, "list_pretrained_tags_by_model", lambda arch: list(published))
     monkeypatch.setattr(open_clip, "get_pretrained_cfg", lambda arch, tag: published.get(tag, {}))
-    assert load_clip("Tiny-8", tmp_path / "none").name == "Tiny-8 laion2b_one (open_clip)"
-    assert load_clip("Tiny-8:laion2b_one").preprocess.mean == (0.5, 0.5, 0.5)
-    assert asked == [("Tiny-8", "laion2b_one")] * 2
+    owner, stranger = Source.of_owner(tmp_path / "none"), Source(tmp_path / "none", allowed=("Tiny-8",))
+    pixels = torch.rand(1, 3, 32, 32)
+    for source in (owner, stranger):
+        encoder = load_clip("Tiny-8", source)
+        assert encoder.name == "Tiny-8 laion2b_one (open_clip)"
+        assert encoder.preprocess.mean == (0.5, 0.5, 0.5)
+        torch.testing.assert_close(
+            encoder.image(pixels), random_clip().encode_image(encoder.preprocess(pixels), normalize=True)
+        )
+    assert asked == [("laion/one", "open_clip_model.safetensors")] * 2
     with pytest.raises(EncoderError, match="no published weights of Tiny-8; there are: openai, laion2b_one"):
-        load_clip("Tiny-8:laion3b")
+        load_clip("Tiny-8:laion3b", owner)
+    with pytest.raises(EncoderError, match="the weights url of Tiny-8 are not on the model hub"):
+        load_clip("Tiny-8:url", owner)
+    with pytest.raises(EncoderError, match="may not be used"):
+        load_clip("Tiny-8:laion2b_one", Source(tmp_path / "none"))
 
 
-def test_an_unknown_architecture_says_what_to_put_where(tmp_path: Path) -> None:
-    with pytest.raises(EncoderError) as error:
-        load_clip("ViT-Nothing", tmp_path)
-    assert "CLIP ViT-Nothing" in str(error.value)
-    assert f"{tmp_path / 'ViT-Nothing'}.safetensors" in str(error.value)
-    assert "open_clip_config.json" in str(error.value)
-
-
-def test_a_dino_that_is_nowhere_says_what_to_put_where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def offline(name: str, *args: object, **options: object) -> str:
-        raise OSError(f"We couldn't connect to the hub to load {name}.\nCheck your internet connection.")
-
-    monkeypatch.setattr("transformers.utils.cached_file", offline)
-    with pytest.raises(EncoderError) as error:
-        load_dino("facebook/dino-vits16", tmp_path)
-    line = str(error.value)
-    assert "\n" not in line
-    assert "DINO facebook/dino-vits16" in line
-    assert "couldn't connect" in line
-    assert str(tmp_path / "dino-vits16") in line
-    assert "preprocessor_config.json" in line
+def test_an_unknown_architecture_is_told(tmp_path: Path) -> None:
+    with pytest.raises(EncoderError, match="no such file, and no such architecture of open_clip's, as ViT-B-32"):
+        load_clip("ViT-Nothing", Source.of_owner(tmp_path))
+    with pytest.raises(EncoderError, match="this CLIP may not be used"):
+        load_clip("ViT-Nothing", Source(tmp_path))
 
 
 @pytest.mark.parametrize("damage", ["cut", "gone", "other", "extra"])
@@ -297,7 +295,7 @@ def test_a_damaged_clip_is_told_and_left_as_it_is(room: Path, tmp_path: Path, da
         save_file({**state, "visual.more": torch.zeros(1)}, path)
     before = sorted(folder.iterdir())
     with pytest.raises(EncoderError, match=expected.get(damage, "another architecture")):
-        load_clip(str(folder))
+        load_clip(folder.name, Source(folder.parent))
     assert sorted(folder.iterdir()) == before
 
 
@@ -313,13 +311,13 @@ def test_a_cut_dino_is_told_before_the_library_opens_it(
     weights.write_bytes(weights.read_bytes()[:1000])
     monkeypatch.setattr(transformers.ViTModel, "from_pretrained", None)
     with pytest.raises(EncoderError, match="not a whole safetensors file"):
-        load_dino(str(folder))
+        load_dino(folder.name, Source(folder.parent))
 
 
 def test_a_file_that_would_run_code_is_not_loaded(known_architecture: str, tmp_path: Path) -> None:
     torch.save({"state_dict": {"run": subprocess.Popen}}, tmp_path / "Tiny-8.pt")
     with pytest.raises(EncoderError, match="not a checkpoint of plain tensors"):
-        load_clip("Tiny-8", tmp_path)
+        load_clip("Tiny-8", Source(tmp_path, pickles=True))
 
 
 def test_a_dino_with_weights_missing_is_not_filled_at_random(room: Path, tmp_path: Path) -> None:
@@ -327,7 +325,7 @@ def test_a_dino_with_weights_missing_is_not_filled_at_random(room: Path, tmp_pat
     transformers.ViTModel(config, add_pooling_layer=False).save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text((room / "small-dino" / "config.json").read_text())
     with pytest.raises(EncoderError, match=r"lacks 1\d weights"):
-        load_dino(str(tmp_path))
+        load_dino(tmp_path.name, Source(tmp_path.parent))
 
 
 def test_another_kind_of_model_is_no_dino(room: Path, tmp_path: Path) -> None:
@@ -335,7 +333,7 @@ def test_another_kind_of_model_is_no_dino(room: Path, tmp_path: Path) -> None:
         (tmp_path / path.name).write_bytes(path.read_bytes())
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(EncoderError, match="says bert, which is no DINO"):
-        load_dino(str(tmp_path))
+        load_dino(tmp_path.name, Source(tmp_path.parent))
 
 
 def test_importing_guidance_imports_neither_library() -> None:

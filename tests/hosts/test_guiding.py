@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -11,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lib_dynfuse.guidance.decoders import LinearDecoder
+from lib_dynfuse.guidance.decoders import LinearDecoder, TaesdDecoder, linear
 from lib_dynfuse.hosts import guiding
 from lib_dynfuse.hosts.a1111_guiding import Automatic1111Guiding
 from lib_dynfuse.hosts.forge_guiding import ForgeGuiding
@@ -309,11 +311,59 @@ def test_a_decoder_that_cannot_be_loaded_is_told_and_the_linear_one_taken(
     module.decoder_model = fail
     monkeypatch.setitem(sys.modules, "modules.sd_vae_taesd", module)
     sys.modules["modules"].sd_vae_taesd = module  # type: ignore[attr-defined]
-    found, said = guiding.decoder("taesd", fail)
+    found, said = guiding.decoder("taesd", True, fail)
     assert isinstance(found, LinearDecoder)
-    assert said == "the decoder taesd could not be loaded (no network); nudged by the linear approximation"
-    assert guiding.decoder("linear", fail)[1] == ""
-    assert "the decoder vae could not be loaded" in guiding.decoder("vae", fail)[1]
+    assert said == "the decoder taesd could not be loaded (OSError: no network); nudged by the linear approximation"
+    assert guiding.decoder("linear", True, fail)[1] == ""
+    assert "the decoder vae could not be loaded" in guiding.decoder("vae", True, fail)[1]
+
+
+@pytest.mark.parametrize("there", [True, False])
+@pytest.mark.parametrize("download", [True, False])
+def test_the_host_fetches_its_preview_decoder_only_where_that_is_allowed(
+    shared: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, there: bool, download: bool
+) -> None:
+    file = tmp_path / "secret" / "taesd_decoder.pth"
+    file.parent.mkdir()
+    fetched: list[str] = []
+
+    def download_model(path: str, url: str) -> None:
+        if not Path(path).exists():
+            fetched.append(url)
+            Path(path).touch()
+
+    def decoder_model() -> Any:  # as the hosts' own
+        module.download_model(str(file), "https://github.com/madebyollin/taesd/raw/main/taesd_decoder.pth")
+        return nn.Conv2d(4, 3, 1)
+
+    module: Any = ModuleType("modules.sd_vae_taesd")
+    module.decoder_model, module.download_model = decoder_model, download_model
+    monkeypatch.setitem(sys.modules, "modules.sd_vae_taesd", module)
+    sys.modules["modules"].sd_vae_taesd = module  # type: ignore[attr-defined]
+    if there:
+        file.touch()
+    found, said = guiding.decoder("taesd", download, lambda: linear("sd1"))
+    assert isinstance(found, TaesdDecoder) is (there or download)
+    assert bool(fetched) is (download and not there)
+    assert module.download_model is download_model
+    if not (there or download):
+        assert said == (
+            "nudged by the linear approximation: the preview decoder (TAESD) is not on this machine: put "
+            "https://github.com/madebyollin/taesd/raw/main/taesd_decoder.pth as models/VAE-taesd/taesd_decoder.pth, "
+            "or tick Download missing encoders in Settings, Dynamic LoRA Fusion"
+        )
+
+
+def test_a_preview_of_the_host_s_own_may_fetch_meanwhile(tmp_path: Path) -> None:
+    asked: list[str] = []
+    module = SimpleNamespace(download_model=lambda path, url: asked.append(url))
+    with guiding._nothing_fetched(module):
+        thread = threading.Thread(target=module.download_model, args=(str(tmp_path / "x"), "theirs"))
+        thread.start()
+        thread.join()
+        with pytest.raises(guiding.NotFetchedError):
+            module.download_model(str(tmp_path / "x"), "ours")
+    assert asked == ["theirs"]
 
 
 class Small(nn.Module):

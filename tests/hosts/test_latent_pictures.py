@@ -10,6 +10,7 @@ from diffusers import AutoencoderTiny
 from torch import Tensor
 
 from lib_dynfuse.guidance.decoders import LinearDecoder
+from lib_dynfuse.guidance.sources import Source
 from lib_dynfuse.hosts import latent_pictures
 from lib_dynfuse.hosts.diffusers import Embedded
 
@@ -57,7 +58,7 @@ def test_a_taesd_in_the_folder_is_used(host: Embedded, large: None, tmp_path: Pa
     )
     tiny.save_pretrained(tmp_path / "taesd")
     z = latent()
-    picture = host.decoder("taesd", tmp_path)(z)
+    picture = host.decoder("taesd", Source(tmp_path))(z)
     torch.testing.assert_close(picture, (tiny.eval().decode(z).sample / 2 + 0.5).clamp(0, 1), rtol=1e-4, atol=1e-5)
     assert torch.autograd.grad(picture.sum(), z)[0].abs().max() > 0
     assert host.said == []
@@ -65,9 +66,10 @@ def test_a_taesd_in_the_folder_is_used(host: Embedded, large: None, tmp_path: Pa
 
 def test_a_taesd_that_cannot_be_had_is_said_and_the_linear_one_serves(host: Embedded, large: None, tmp_path: Path):
     (tmp_path / "taesd").mkdir()
-    decoder = host.decoder("taesd", tmp_path)
+    decoder = host.decoder("taesd", Source(tmp_path))
     assert isinstance(decoder, LinearDecoder)
     (said,) = host.said
-    assert said.startswith("no taesd (")
-    assert str(tmp_path / "taesd") in said
+    assert said.startswith("no taesd (it is not on this machine): ")
+    assert "as a diffusers folder, at models/dynfuse/taesd" in said
+    assert str(tmp_path) not in said
     assert decoder(latent()).shape == (2, 3, 8, 8)

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from lib_dynfuse.demo.export import ldm_tensors
 from lib_dynfuse.errors import DynFuseError
@@ -51,6 +51,41 @@ def test_a_folder_that_lacks_its_weights_is_refused(sd_folder: Path, tmp_path: P
 def test_a_config_that_is_no_folder_is_refused(checkpoint: Path):
     with pytest.raises(DynFuseError, match="--config nowhere is not a folder"):
         open_pipeline(checkpoint, torch.float32, Path("nowhere"))
+
+
+def test_a_checkpoint_s_settings_are_not_fetched_unasked(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """diffusers would, even where it is told to look at the disk alone."""
+    asked: list[str] = []
+
+    def refuse(host: str, *rest: object, **more: object) -> None:
+        asked.append(host)
+        raise OSError("there is no network")
+
+    monkeypatch.setattr("socket.getaddrinfo", refuse)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # between attempts
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(DynFuseError, match=r"give --config .* or have them fetched .* with --download"):
+        open_pipeline(checkpoint, torch.float32)
+    assert asked == []
+    with pytest.raises(DynFuseError, match="give --config"):
+        open_pipeline(checkpoint, torch.float32, download=True)
+    assert asked
+
+
+def test_pickled_weights_of_a_model_are_not_read(sd_folder: Path, tmp_path: Path):
+    folder = tmp_path / "model"
+    shutil.copytree(sd_folder, folder)
+    for name in ("unet/diffusion_pytorch_model", "text_encoder/model"):
+        file = folder / f"{name}.safetensors"
+        pickled = "pytorch_model" if "text" in name else "diffusion_pytorch_model"
+        torch.save(load_file(file), file.with_name(f"{pickled}.bin"))
+        file.rename(tmp_path / "aside")
+        with pytest.raises(DynFuseError, match="cannot be loaded"):
+            open_pipeline(folder, torch.float32)
+        (tmp_path / "aside").rename(file)
+    open_pipeline(folder, torch.float32)
 
 
 @pytest.fixture(scope="module")

@@ -438,7 +438,7 @@ def test_a_path_in_a_request_is_not_read_and_not_repeated(
     assert str(tmp_path) not in said
     assert "secret" not in said
     assert hashlib.sha256(picture).hexdigest()[:10] not in said
-    assert written(p)["DynFuse subject references"] == "1 picture"
+    assert "DynFuse subject references" not in written(p)
 
 
 def test_a_picture_s_fingerprint_is_written_and_the_picture_decoded_once(

@@ -119,7 +119,15 @@ def test_nothing_of_a_pasted_picture_stays_after_the_next_one(after: Options, be
 def test_what_pictures_were_scored_with_is_pasted_and_whether_they_are_scored_is_not():
     values = fields_from_infotext(written(Options(enabled=True, score=True, weight_clip_text=2.0, keep_best=2)))
     assert (values["nudge"], values["weight_clip_text"]) == (False, 2.0)
-    assert not {"score", "keep_best"} & set(values)
+    assert not {"score", "keep_best", "clip", "dino"} & set(values)
+
+
+def test_what_would_open_or_fetch_a_file_is_told_and_not_pasted():
+    options = Options(enabled=True, nudge=True, clip="ViT-L-14:openai", dino="stranger/model", nudge_decoder="vae")
+    params = written(options)
+    assert (params["DynFuse clip"], params["DynFuse dino"]) == ("ViT-L-14:openai", "stranger/model")
+    assert Options.read(fields_from_infotext(params)) == Options(enabled=True, nudge=True)
+    assert {paste_value(name)(params) for name in ("clip", "dino", "nudge_decoder")} == {None}
 
 
 def test_reference_pictures_are_named_and_not_pasted():

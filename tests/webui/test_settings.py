@@ -13,12 +13,17 @@ import pytest
 
 from lib_dynfuse.webui import settings
 
+HIDDEN = {"visible": False}
+
 
 class OptionInfo:
-    def __init__(self, default=None, label="", component=None, component_args=None, section=None):
+    def __init__(
+        self, default=None, label="", component=None, component_args=None, section=None, restrict_api=False
+    ) -> None:
         self.default, self.label, self.component, self.args, self.section = (
             default, label, component, component_args, section,
         )  # fmt: skip
+        self.restrict_api = restrict_api
         self.onchange: Any = None
         self.comment = ""
 
@@ -53,7 +58,7 @@ class Opts:
 def opts(monkeypatch: pytest.MonkeyPatch) -> Iterator[Opts]:
     found = Opts({})
     modules, gradio = ModuleType("modules"), ModuleType("gradio")
-    modules.shared = SimpleNamespace(opts=found, OptionInfo=OptionInfo)  # type: ignore[attr-defined]
+    modules.shared = SimpleNamespace(opts=found, OptionInfo=OptionInfo, hide_dirs=HIDDEN)  # type: ignore[attr-defined]
     modules.paths = SimpleNamespace(models_path="/webui/models")  # type: ignore[attr-defined]
     gradio.Radio, gradio.Textbox, gradio.Checkbox = "radio", "textbox", "checkbox"  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "modules", modules)
@@ -67,14 +72,22 @@ def opts(monkeypatch: pytest.MonkeyPatch) -> Iterator[Opts]:
 def test_every_setting_is_on_our_page_with_its_help(opts: Opts):
     settings.on_ui_settings()
     assert list(opts.data_labels) == [
-        "dynfuse_encoder_folder", "dynfuse_guidance_device", "dynfuse_guidance_dtype", "dynfuse_encoders_rest",
-        "dynfuse_log_level",
+        "dynfuse_encoder_folder", "dynfuse_download", "dynfuse_more_encoders", "dynfuse_guidance_device",
+        "dynfuse_guidance_dtype", "dynfuse_encoders_rest", "dynfuse_log_level",
     ]  # fmt: skip
     for info in opts.data_labels.values():
         assert info.section == ("dynfuse", "Dynamic LoRA Fusion")
         assert info.comment
-        kind = "checkbox" if info.default is True else "textbox"
-        assert info.component == ("radio" if info.args else kind)
+        kind = "checkbox" if isinstance(info.default, bool) else "textbox"
+        assert info.component == ("radio" if "choices" in info.args else kind)
+
+
+def test_no_request_changes_what_is_opened_or_fetched(opts: Opts):
+    """A request's override_settings and POST /sdapi/v1/options leave those alone that are restricted."""
+    settings.on_ui_settings()
+    restricted = {key for key, info in opts.data_labels.items() if info.restrict_api}
+    assert restricted == {"dynfuse_encoder_folder", "dynfuse_download", "dynfuse_more_encoders"}
+    assert opts.data_labels["dynfuse_encoder_folder"].args == HIDDEN
 
 
 def test_a_value_is_the_stored_one_or_the_default(opts: Opts):
@@ -104,7 +117,36 @@ def test_a_switch_is_as_stored_or_as_its_default(opts: Opts, stored: Any, on: bo
 )
 def test_encoders_are_looked_for_in_the_webuis_models_where_nothing_else_is_named(opts: Opts, stored: str, folder: str):
     opts.data[settings.ENCODER_FOLDER] = stored
-    assert settings.encoder_folder() == Path(folder).expanduser()
+    source = settings.encoder_source()
+    assert source.folder == Path(folder).expanduser()
+    # Elsewhere than in models/dynfuse no pickle is read.
+    assert source.pickles is (not stored.strip())
+    assert folder not in source.title
+
+
+def test_nothing_is_downloaded_or_allowed_until_the_owner_says_so(opts: Opts):
+    source = settings.encoder_source()
+    assert (source.download, source.allowed, source.paths) == (False, (), False)
+    assert source.consent == "tick Download missing encoders in Settings, Dynamic LoRA Fusion"
+    labels = {setting.key: setting.label for setting in settings.SETTINGS}
+    assert labels["dynfuse_download"] in source.consent
+    assert settings.SECTION[1] in source.consent
+    opts.data.update(dynfuse_download=True, dynfuse_more_encoders=" a/b, ViT-L-14:openai ,")
+    source = settings.encoder_source()
+    assert (source.download, source.allowed, source.consent) == (True, ("a/b", "ViT-L-14:openai"), "")
+
+
+def test_the_host_s_check_of_pickles_is_used_even_where_it_is_switched_off(opts: Opts, monkeypatch: pytest.MonkeyPatch):
+    assert settings.encoder_source().check_pickle is None
+    seen: list[Any] = []
+    safe = ModuleType("modules.safe")
+    safe.check_pt = lambda filename, extra_handler: seen.append((filename, extra_handler))  # type: ignore[attr-defined]
+    sys.modules["modules"].safe = safe  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "modules.safe", safe)
+    check = settings.encoder_source().check_pickle
+    assert check is not None
+    check("an open file")  # type: ignore[arg-type]
+    assert seen == [("an open file", None)]
 
 
 def test_the_log_level_is_applied_at_the_start_and_when_it_changes(opts: Opts):

@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import numpy as np
 import typer
 
+from lib_dynfuse.core import Outcome, Role
 from lib_dynfuse.errors import DynFuseError
 from lib_dynfuse.guidance.scores import as_text, best
 from lib_dynfuse.infotext import infotext
 from lib_dynfuse.options import FIELDS, INFOTEXT_KEY, Options, OptionsError
 from lib_dynfuse.output import Batch, check_folder
-from lib_dynfuse.roles import parse_prompt
+from lib_dynfuse.roles import LoraTag, parse_prompt
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -237,14 +238,17 @@ def _generate(
     if fused:
         for name in options.unused():
             say(f"the rule {options.strategy} has no {name}: it changes nothing")
-    trace = Trace(passes=settings["steps"], tokens=options.strategy == "kl-token") if fused and options.trace else None
+    chooses = fused and options.make_strategy().outcome is not Outcome.NOTHING
+    trace = (
+        Trace(passes=settings["steps"], tokens=options.strategy == "kl-token") if chooses and options.trace else None
+    )
     try:
         guidance, guide = _guide(host, model, models, options, seeds, settings)
         images = host.generate(options=options, seeds=seeds, trace=trace, guide=guide, progress=True, **settings)
         scores = guidance.scores(_tensors(images), range(len(images))) if guidance is not None else []
     except torch.cuda.OutOfMemoryError as error:
         raise DynFuseError("the device has not enough memory; a smaller --size or --batch needs less") from error
-    record = _record(trace, guide, options)
+    record = _record(trace, guide, options, parse_prompt(settings["prompt"]).tags)
     width, height = settings["size"] or host.default_size
     kept = best(scores, options.keep_best) if scores else list(range(len(images)))
     with Batch(out, [seeds[index] for index in kept]) as files:
@@ -279,11 +283,14 @@ def _guide(
     return guidance, guidance.guide(range(len(seeds)), seeds, host.decoder(options.nudge_decoder, models))
 
 
-def _record(trace: Any, guide: Guide | None, options: Options) -> Record | None:
+def _record(trace: Any, guide: Guide | None, options: Options, tags: Sequence[LoraTag]) -> Record | None:
     """What was chosen and how R fell; why nudges were left out is said."""
     from lib_dynfuse.trace import Record
 
     record: Record | None = trace.read() if trace is not None else None
+    if record is not None:
+        record.weighed = options.make_strategy().outcome is Outcome.WEIGHED
+        record.names = {role.value: [tag.name for tag in tags if tag.role is role and tag.unet] for role in Role}
     if guide is None:
         return record
     for reason in guide.reasons():
@@ -322,7 +329,7 @@ def _add_trace(files: Batch, record: Record, images: Sequence[Any], kept: Sequen
         if record.tokens:
             files.file(f"{stem}-where.png", partial(save, overlay(record, index, np.asarray(images[index]))))
         if index in shares:
-            say(f"picture {stem}: subject {shares[index]['subject']:.0%}, style {shares[index]['style']:.0%}")
+            say(f"picture {stem}: {record.in_words(shares[index])}")
 
 
 def _assignments(texts: Sequence[str]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from lib_dynfuse.core.moment import Moment
 from lib_dynfuse.core.rules import (
     Features,
     Look,
+    Outcome,
     Pair,
     Rule,
     Selection,
@@ -55,7 +56,7 @@ class DivergenceStrategy(Strategy):
 
     per_token: ClassVar[bool] = False
 
-    balance: float = number(0.0, -1.0, 1.0, "-1 gives every layer to the subject, +1 to the style, 0 is neutral.")
+    balance: float = number(0.0, -1.0, 1.0, "-1 lets the subject win every layer, +1 the style, 0 is neutral.")
     auto_balance: bool = flag(
         False, "Evens out strengths: a louder network does not win everywhere, only where it is louder than usual."
     )
@@ -78,6 +79,10 @@ class DivergenceStrategy(Strategy):
     def adds_both(self) -> bool:
         """Whether a layer may get some of both roles, so that both products are needed whatever wins."""
         return self.per_token
+
+    @property
+    def outcome(self) -> Outcome:
+        return Outcome.WEIGHED if self.adds_both and not self.per_token else Outcome.CHOSEN
 
     @property
     def style_in_negative(self) -> float:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import numpy as np
 import typer
 
+from lib_dynfuse.core import Outcome, Role
 from lib_dynfuse.errors import DynFuseError, shown, writable
 from lib_dynfuse.guidance.pictures import PictureFile, fingerprints
 from lib_dynfuse.guidance.scores import as_text, best
@@ -21,7 +22,7 @@ from lib_dynfuse.guidance.sources import Source
 from lib_dynfuse.infotext import infotext
 from lib_dynfuse.options import FIELDS, INFOTEXT_KEY, Options, OptionsError
 from lib_dynfuse.output import Batch, check_folder, finish_killed
-from lib_dynfuse.roles import parse_prompt
+from lib_dynfuse.roles import LoraTag, parse_prompt
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -272,14 +273,17 @@ def _generate(
     if fused:
         for name in options.unused():
             say(f"the rule {options.strategy} has no {name}: it changes nothing")
-    trace = Trace(passes=settings["steps"], tokens=options.strategy == "kl-token") if fused and options.trace else None
+    chooses = fused and options.make_strategy().outcome is not Outcome.NOTHING
+    trace = (
+        Trace(passes=settings["steps"], tokens=options.strategy == "kl-token") if chooses and options.trace else None
+    )
     try:
         guidance, guide = _guide(host, model, source, options, seeds, settings, given)
         images = host.generate(options=options, seeds=seeds, trace=trace, guide=guide, progress=True, **settings)
         scores = guidance.scores(_tensors(images), range(len(images))) if guidance is not None else []
     except torch.cuda.OutOfMemoryError as error:
         raise DynFuseError("the device has not enough memory; a smaller --size or --batch needs less") from error
-    record = _record(trace, guide, options)
+    record = _record(trace, guide, options, parse_prompt(settings["prompt"]).tags)
     width, height = settings["size"] or host.default_size
     kept = best(scores, options.keep_best) if scores else list(range(len(images)))
     with Batch(out, [seeds[index] for index in kept]) as files:
@@ -300,9 +304,8 @@ def _generate(
         written = files.keep()
         shares = record.shares() if record is not None else {}
         for place, index in enumerate(kept):
-            if index in shares:
-                chosen = ", ".join(f"{role} {shares[index][role]:.0%}" for role in ("subject", "style"))
-                say(f"picture {files.stem(place)}: {chosen}")
+            if record is not None and index in shares:
+                say(f"picture {files.stem(place)}: {record.in_words(shares[index])}")
         return written
 
 
@@ -326,11 +329,14 @@ def _guide(
     return guidance, guidance.guide(range(len(seeds)), seeds, host.decoder(options.nudge_decoder, source))
 
 
-def _record(trace: Any, guide: Guide | None, options: Options) -> Record | None:
+def _record(trace: Any, guide: Guide | None, options: Options, tags: Sequence[LoraTag]) -> Record | None:
     """What was chosen and how R fell; why nudges were left out is said."""
     from lib_dynfuse.trace import Record
 
     record: Record | None = trace.read() if trace is not None else None
+    if record is not None:
+        record.weighed = options.make_strategy().outcome is Outcome.WEIGHED
+        record.names = {role.value: [tag.name for tag in tags if tag.role is role and tag.unet] for role in Role}
     if guide is None:
         return record
     for reason in guide.reasons():

@@ -12,6 +12,7 @@ from torch import nn
 
 from lib_dynfuse.core.delta import Delta
 from lib_dynfuse.core.fusion import Fusion
+from lib_dynfuse.core.rules import Outcome
 from lib_dynfuse.core.types import Role, Row
 from lib_dynfuse.errors import DynFuseError, shown
 from lib_dynfuse.guidance.guide import Guide
@@ -54,6 +55,7 @@ class Session:
         self._steps = 0  # that were begun with this fusion
         self._unreachable = ""  # why no layer could be fused, once that is known
         self._trace: Trace | None = None
+        self._names: dict[Role, list[str]] = {}  # of the LoRAs that play
         self._first_step = 0  # of this sampling, in the trace: a hires pass counts on
         self._last_step = -1
         self._at_last_step = False
@@ -98,6 +100,7 @@ class Session:
 
     def _worth_taking(self, tags: Sequence[Tag]) -> bool:
         names = {role: [str(tag) for tag in tags if tag.role is role] for role in Role}
+        self._names = {role: [tag.name for tag in tags if tag.role is role] for role in Role}
         if not any(names.values()):
             if tags:
                 self.tell("no LoRA has a role, so all are added as always; give one role=subject and one role=style")
@@ -152,7 +155,7 @@ class Session:
             fusion = Fusion(
                 layers,
                 self._strategy,
-                self._trace,
+                None if self._strategy.outcome is Outcome.NOTHING else self._trace,
                 window=(self.options.start, self.options.stop),
                 tiled=may_be_tiled,
                 failed=self._reports.failed,
@@ -288,6 +291,8 @@ class Session:
         record = trace.read()
         if not record.passes:
             record = Record([], [], record.values[:, :0])
+        record.weighed = self._strategy.outcome is Outcome.WEIGHED
+        record.names = {role.value: names for role, names in self._names.items()}
         if guide is not None:
             record.nudges = guide.curve()
             for reason in guide.reasons():

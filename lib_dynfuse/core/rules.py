@@ -7,6 +7,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 from torch import Tensor
@@ -101,6 +102,17 @@ class Rule(Protocol):
         input never call `look`."""
 
 
+class Outcome(Enum):
+    """What a rule's weights mean, for whoever tells a person of them."""
+
+    NOTHING = "nothing"
+    """Both deltas are added whole: there is nothing to tell."""
+    CHOSEN = "chosen"
+    """A layer is one role's or the other's."""
+    WEIGHED = "weighed"
+    """A layer gets some of both."""
+
+
 @dataclass(frozen=True)
 class Strategy(ABC):
     """A fusion rule and its parameters (docs/method.md, section 2)."""
@@ -108,6 +120,11 @@ class Strategy(ABC):
     name: ClassVar[str]
     help: ClassVar[str]
     source: ClassVar[str]
+
+    @property
+    def outcome(self) -> Outcome:
+        """What its weights mean."""
+        return Outcome.CHOSEN
 
     @property
     def limits(self) -> Limits:

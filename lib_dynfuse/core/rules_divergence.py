@@ -19,6 +19,7 @@ from lib_dynfuse.core.moment import Moment
 from lib_dynfuse.core.rules import (
     Features,
     Look,
+    Outcome,
     Pair,
     Rule,
     Selection,
@@ -83,6 +84,10 @@ class DivergenceStrategy(Strategy):
     def adds_both(self) -> bool:
         """Whether a layer may get some of both roles, so that both products are needed whatever wins."""
         return self.per_token
+
+    @property
+    def outcome(self) -> Outcome:
+        return Outcome.WEIGHED if self.adds_both and not self.per_token else Outcome.CHOSEN
 
     @property
     def style_in_negative(self) -> float:

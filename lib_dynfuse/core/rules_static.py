@@ -17,6 +17,7 @@ from lib_dynfuse.core.loudness import Limits
 from lib_dynfuse.core.moment import Moment
 from lib_dynfuse.core.rules import (
     Look,
+    Outcome,
     Pair,
     Rule,
     Selection,
@@ -63,6 +64,10 @@ class Sum(Strategy):
     help: ClassVar[str] = "Adds both, as the WebUI does without this extension."
     source: ClassVar[str] = "the hosts"
 
+    @property
+    def outcome(self) -> Outcome:
+        return Outcome.NOTHING
+
     def start(self, pairs: Sequence[Pair]) -> Rule:
         return constant([BOTH] * len(pairs))
 
@@ -86,6 +91,10 @@ class SumCfg(Strategy):
     subject_level: float = of_halves("subject_level", 0.0)
     style_level: float = of_halves("style_level", 0.0)
     lift: float = lift(1.0)
+
+    @property
+    def outcome(self) -> Outcome:
+        return Outcome.WEIGHED
 
     def start(self, pairs: Sequence[Pair]) -> Rule:
         return _Halves(self.subject, self.style, self.style * self.negative)

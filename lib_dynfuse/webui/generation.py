@@ -48,7 +48,7 @@ class _Generation:
     fused: bool = False
     guidance: guided.Guided | None = None
     # Of the batch that was sampled last: what was chosen by picture, every picture's scores, and which are kept.
-    shares: dict[int, dict[str, float]] = field(default_factory=dict)
+    shares: dict[int, str] = field(default_factory=dict)
     scores: list[dict[str, float]] = field(default_factory=list)
     kept: list[int] = field(default_factory=list)
     # Of every batch: what was chosen, and of the pictures that are kept their places in it.
@@ -155,8 +155,7 @@ def _tell(p: Any, line: str) -> None:
 def _chosen(*, p: Any, index: int = 0, **_: Any) -> str | None:
     """The infotext's share of what each role won in one picture; the host calls it when it writes the text."""
     generation = _of(p)
-    share = None if generation is None else generation.shares.get(_place(generation, index))
-    return None if share is None else f"subject {share['subject']:.0%} style {share['style']:.0%}"
+    return None if generation is None else generation.shares.get(_place(generation, index))
 
 
 def _scores(*, p: Any, index: int = 0, **_: Any) -> str | None:
@@ -232,7 +231,8 @@ def finish_batch(p: Any, images: Any) -> None:
         return
     _describe(p, generation)
     record = generation.session.finish_batch()
-    generation.shares = {} if record is None else record.shares()
+    shares = {} if record is None else record.shares()
+    generation.shares = {} if record is None else {image: record.in_words(share) for image, share in shares.items()}
     generation.kept = list(range(len(images)))
     generation.records.append((record, generation.kept))
     if generation.guidance is not None:

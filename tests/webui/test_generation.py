@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from lib_dynfuse import __version__
 from lib_dynfuse import session as sessions
+from lib_dynfuse.core import strategies
 from lib_dynfuse.core.delta import LowRank
 from lib_dynfuse.core.types import Role, Row
 from lib_dynfuse.guidance.pictures import PictureFile
@@ -131,8 +133,23 @@ def test_a_picture_says_what_it_was_made_with_and_what_was_chosen(hand: Hand) ->
     assert before == {}
     chosen = after.pop("DynFuse chosen")
     assert after == {"DynFuse": __version__, "DynFuse strategy": "kl", "DynFuse balance": "0.5"}
-    assert chosen in ("subject 0% style 100%", "subject 100% style 0%", "subject 50% style 50%")
+    assert re.fullmatch(r"subject fox (\d+)% style ink (\d+)%", chosen)
     assert p.comments == []
+
+
+@pytest.mark.parametrize("rule", sorted(strategies()))
+def test_what_is_said_of_a_choice_is_true_for_the_rule(hand: Hand, rule: str) -> None:
+    p = processing()
+    generation.begin(p, [{"enabled": True, "strategy": rule}])
+    sample(p, hand)
+    generation.finish(p, SimpleNamespace())
+    chosen = written(p).get("DynFuse chosen")
+    if rule in ("sum", "np"):
+        assert chosen is None, "nothing is chosen there"
+        return
+    assert chosen is not None
+    assert chosen.startswith("subject fox ")
+    assert chosen.endswith(" of the weights") is (rule in ("sum-cfg", "kl-cfg", "kl-soft"))
 
 
 def test_every_picture_of_a_batch_has_its_own_share(hand: Hand) -> None:

@@ -242,7 +242,8 @@ def test_two_runs_that_are_killed_at_any_moment_lose_nothing_that_was_there(tmp_
             with Image.open(tmp_path / name) as picture:
                 picture.load()
         assert len(pictures) == 2 * len([name for name in after if name.endswith("-trace.json")])
-        assert not [name for name in after if name.startswith(".")]
+        # A run that was killed before its folder had a lock leaves it empty: for an hour it may be of a living one.
+        assert not [name for name in after if name.startswith(".") and any((tmp_path / name).iterdir())]
 
 
 @pytest.mark.parametrize(

@@ -472,13 +472,13 @@ def test_a_picture_s_fingerprint_is_written_and_the_picture_decoded_once(
     monkeypatch.setattr(guided, "_preview", lambda p, role: None)
     monkeypatch.setattr(guided, "_device", lambda: None)
     monkeypatch.setattr(guided, "_dtype", lambda: None)
-    monkeypatch.setattr(guided.settings, "encoder_folder", lambda: None)
+    monkeypatch.setattr(guided.settings, "encoder_source", lambda: None)
     p = processing()
     given = {"subject_references": [text, text], "references": "given"}
     generation.begin(p, [{"enabled": True, "score": True, **given}])
     sessions.close_all()
     name = hashlib.sha256(picture).hexdigest()[:10]
-    assert written(p)["DynFuse subject references"] == f"2 pictures {name} {name}"
+    assert p._dynfuse.described["DynFuse subject references"] == f"2 pictures {name} {name}"
     assert decoded == ["subject_references: picture 1", "subject_references: picture 2"]
 
 

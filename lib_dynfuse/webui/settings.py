@@ -159,15 +159,14 @@ def _stored(key: str) -> str | bool:
 def apply_log_level() -> None:
     """Make our loggers as talkative as the setting says.
 
-    A WebUI that is not told a level of its own has no handler, and Python then prints warnings alone: so ours is added.
+    A WebUI that is not told a level of its own has no handler, and Python then prints warnings alone: so there is one
+    of ours, for as long as the WebUI has none.
     """
     logger = logging.getLogger(_LOGGER)
     logger.setLevel(value(LOG_LEVEL))
-    own = next((handler for handler in logger.handlers if handler.get_name() == _LOGGER), None)
-    if logging.root.handlers and own is not None:
-        logger.removeHandler(own)
-    elif not logging.root.handlers and own is None:
+    if all(handler.get_name() != _LOGGER for handler in logger.handlers):
         own = logging.StreamHandler()
         own.set_name(_LOGGER)
         own.setFormatter(logging.Formatter("DynFuse: %(message)s"))
+        own.addFilter(lambda record: not logging.root.handlers)
         logger.addHandler(own)

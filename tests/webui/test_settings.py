@@ -192,6 +192,5 @@ def test_a_line_is_not_said_twice_where_the_webui_has_a_log(
     no_handlers()
     settings.apply_log_level()
     logging.root.addHandler(logging.StreamHandler())
-    settings.apply_log_level()
     logging.getLogger("lib_dynfuse").info("1 picture")
     assert capsys.readouterr().err == "1 picture\n"

@@ -223,6 +223,7 @@ def finish(p: Any, processed: Any) -> None:
     _rest()
     if generation is None:
         return
+    _settle(p, generation)
     if generation.all_scores:
         # The text of every picture is written by now: this is for who reads the answer of the API.
         p.extra_generation_params[SCORES_KEY] = generation.all_scores
@@ -234,6 +235,19 @@ def finish(p: Any, processed: Any) -> None:
             if record is not None and image in record.images and place < len(processed.images):
                 _append(p, processed, record, image, place)
             place += 1
+
+
+def _settle(p: Any, generation: _Generation) -> None:
+    """The texts that the host asked us for are texts from here on, the first picture's: it writes what is left here
+    into the API's answer, and Forge Classic fails where that has a function in it."""
+    for key in (CHOSEN_KEY, SCORES_KEY):
+        value = p.extra_generation_params.get(key)
+        if callable(value):
+            text = value(p=p)
+            if text is None:
+                del p.extra_generation_params[key]
+            else:
+                p.extra_generation_params[key] = text
 
 
 def _rest() -> None:

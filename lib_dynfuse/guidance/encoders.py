@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from lib_dynfuse.guidance import weights
+from lib_dynfuse.guidance.clip_without_open_clip import open_clip_or_this
 from lib_dynfuse.guidance.libraries import EncoderError, library, missing_operators_skipped
 from lib_dynfuse.guidance.precision import without_autocast
 from lib_dynfuse.guidance.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess, from_open_clip, from_transformers
@@ -126,7 +127,7 @@ def load_clip(
     Raises EncoderError that says what to put where.
     """
     arch, _, tag = where.partition(":")
-    open_clip = library("open_clip", "open_clip_torch")
+    open_clip = open_clip_or_this()
     with _loading(f"CLIP {where}", _advice_clip(where, folder)):
         found = weights.find([where, *([tag, f"{arch}-{tag}"] if tag else [])], folder)
         if found is not None:

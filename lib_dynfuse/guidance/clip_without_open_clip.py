@@ -131,10 +131,10 @@ class ByTransformers:
             "std": _HALF if other else CLIP_STD,
         }
 
-    def CLIP(self, **config: Any) -> nn.Module:  # noqa: N802 - open_clip's name
+    def CLIP(self, **config: Any) -> nn.Module:
         return _Clip(**config)
 
-    def CustomTextCLIP(self, **config: Any) -> nn.Module:  # noqa: N802
+    def CustomTextCLIP(self, **config: Any) -> nn.Module:
         if "hf_model_name" in config["text_cfg"]:
             raise EncoderError("its text tower needs the package open_clip_torch, which is missing here or too old")
         return _Clip(**config)

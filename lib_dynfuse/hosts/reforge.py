@@ -202,6 +202,7 @@ class ForgeClassic(ReForge):
     def take(self, tags: Sequence[Tag]) -> list[str]:
         """Also takes what an earlier prompt of this generation has left: the host adds a hires prompt's LoRAs to those
         of the prompt itself."""
+        self._check()
         self._restack()
         self._known |= self._files()
         stacked = self._stacked(tags)

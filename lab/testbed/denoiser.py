@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
@@ -140,8 +139,3 @@ def train_unet(
         return base.v_loss(unet, noise, z[chosen], context[rows], generator)
 
     return loop.train(file, unet, loss, schedule, seed=seed, bar=bar)
-
-
-def to_pictures(z: torch.Tensor) -> np.ndarray:
-    """float [B, 3, H, W] in -1..1 to uint8 [B, H, W, 3]."""
-    return ((z.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()

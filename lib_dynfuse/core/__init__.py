@@ -10,8 +10,8 @@ with Fusion({"mid.to_q": (linear, {Role.SUBJECT: LowRank(a, b), Role.STYLE: LowR
 
 from __future__ import annotations
 
-from lib_dynfuse.core.fusion import Fusion, TraceSink
+from lib_dynfuse.core.fusion import ForeignBatch, Fusion, TraceSink
 from lib_dynfuse.core.strategies import Strategy, StrategyInfo, strategies, strategy
 from lib_dynfuse.core.types import Role, Row
 
-__all__ = ["Fusion", "Role", "Row", "Strategy", "StrategyInfo", "TraceSink", "strategies", "strategy"]
+__all__ = ["ForeignBatch", "Fusion", "Role", "Row", "Strategy", "StrategyInfo", "TraceSink", "strategies", "strategy"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -81,19 +82,28 @@ class Pair(NamedTuple):
     style: Delta
 
 
+def energies_of(pair: Pair) -> tuple[float, float] | tuple[None, None]:
+    """|dW|_F^2 of both roles; None where a delta has no weight of its own, or one that is no number."""
+    subject, style = pair.subject.frobenius_sq(), pair.style.frobenius_sq()
+    if subject is None or style is None or not (math.isfinite(subject) and math.isfinite(style)):
+        return None, None
+    return subject, style
+
+
 class Rule(Protocol):
     """A strategy at work, for the life of one `Fusion`."""
 
     def begin(self, moment: Moment) -> None:
         """Called once at the start of every forward pass, before any layer."""
 
-    def select(self, layer: int, moment: Moment, look: Look) -> Selection:
-        """The weights for pair number `layer`; rules that do not depend on the input never call `look`."""
+    def select(self, layer: int, moment: Moment, look: Look, tokens: int = 0) -> Selection:
+        """The weights for pair number `layer`, where every row has so many tokens; rules that do not depend on the
+        input never call `look`."""
 
 
 @dataclass(frozen=True)
 class Strategy(ABC):
-    """A fusion rule and its parameters (METHOD.md, section 2)."""
+    """A fusion rule and its parameters (docs/method.md, section 2)."""
 
     name: ClassVar[str]
     help: ClassVar[str]

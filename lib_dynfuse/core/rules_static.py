@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import re
 from collections.abc import Callable, Sequence
@@ -14,7 +15,19 @@ from torch import Tensor
 from lib_dynfuse.core.delta import Delta
 from lib_dynfuse.core.loudness import Limits
 from lib_dynfuse.core.moment import Moment
-from lib_dynfuse.core.rules import Look, Pair, Rule, Selection, Strategy, flag, lift, number, of_halves, text
+from lib_dynfuse.core.rules import (
+    Look,
+    Pair,
+    Rule,
+    Selection,
+    Strategy,
+    energies_of,
+    flag,
+    lift,
+    number,
+    of_halves,
+    text,
+)
 from lib_dynfuse.core.types import Row
 
 BOTH = Selection(1.0, 1.0)
@@ -36,7 +49,7 @@ class Table(Rule):
         if now != self._moment:
             self._row, self._moment = self._decide(*now), now
 
-    def select(self, layer: int, moment: Moment, look: Look) -> Selection:
+    def select(self, layer: int, moment: Moment, look: Look, tokens: int = 0) -> Selection:
         return self._row[layer]
 
 
@@ -99,7 +112,7 @@ class _Halves(Rule):
         self._selection = Selection(*weights.T.contiguous().to(moment.device, non_blocking=True))
         self._made = made_for
 
-    def select(self, layer: int, moment: Moment, look: Look) -> Selection:
+    def select(self, layer: int, moment: Moment, look: Look, tokens: int = 0) -> Selection:
         return self._selection
 
 
@@ -151,7 +164,7 @@ class KLora(Strategy):
 
 
 def _top_entries(pair: Pair) -> tuple[float, float, float, float] | None:
-    """(S_c, S_s, L1_c, L1_s) of one layer, None where a delta has no weight of its own or is all zero."""
+    """(S_c, S_s, L1_c, L1_s) of one layer, None where a delta has no weight of its own, is all zero or not finite."""
     subject, style = pair.subject.dense(), pair.style.dense()
     if subject is None or style is None:
         return None
@@ -159,7 +172,7 @@ def _top_entries(pair: Pair) -> tuple[float, float, float, float] | None:
     k = min(_rank(pair.subject, subject) * _rank(pair.style, style), subject.numel())
     scores = (subject.topk(k).values.sum(), style.topk(k).values.sum(), subject.sum(), style.sum())
     values = tuple(float(score) for score in scores)
-    return None if min(values) <= 0 else values  # type: ignore[return-value]
+    return values if all(0.0 < value < math.inf for value in values) else None  # type: ignore[return-value]
 
 
 def _rank(delta: Delta, weight: Tensor) -> int:
@@ -190,7 +203,7 @@ class Est(Strategy):
     disc: float = number(0.5, 0.0, 1.0, "The subject's head start.")
 
     def start(self, pairs: Sequence[Pair]) -> Rule:
-        energies = [(pair.subject.frobenius_sq(), pair.style.frobenius_sq()) for pair in pairs]
+        energies = [energies_of(pair) for pair in pairs]
         known = [(subject, style) for subject, style in energies if subject is not None and style is not None]
         style_energy = sum(style for _, style in known)
         gamma = sum(subject for subject, _ in known) / style_energy if style_energy > 0 else 1.0
@@ -207,12 +220,6 @@ class Est(Strategy):
             ]
 
         return Table(decide)
-
-
-def _louder(subject: float | None, style: float | None, gain: float) -> Selection:
-    if subject is None or style is None:
-        return BOTH
-    return SUBJECT if subject >= gain * style else STYLE
 
 
 @dataclass(frozen=True)
@@ -300,5 +307,5 @@ class _Coins(Rule):
         self._heads = torch.tensor(tosses, dtype=torch.bool).T.contiguous().to(moment.device, non_blocking=True)
         self._tails = ~self._heads
 
-    def select(self, layer: int, moment: Moment, look: Look) -> Selection:
+    def select(self, layer: int, moment: Moment, look: Look, tokens: int = 0) -> Selection:
         return Selection(self._heads[layer], self._tails[layer])

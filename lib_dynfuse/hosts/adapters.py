@@ -220,7 +220,7 @@ class Adapters:
         unet = self._pipe.unet
         deltas: dict[str, dict[Role, list[Delta]]] = {}
         for loaded, network in networks:
-            if network.role is None:
+            if network.role is None or network.unet == 0.0:
                 continue
             if not loaded.parts:
                 self._say(f"{network.path.name} has no layer in the UNet: its role changes nothing")

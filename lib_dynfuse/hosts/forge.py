@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from lib_dynfuse.core.algebra import wide
 from lib_dynfuse.core.delta import Delta, Sum
 from lib_dynfuse.core.types import Role, Row
-from lib_dynfuse.errors import DynFuseError
-from lib_dynfuse.hosts.base import Before, Layers, Place, Tag
+from lib_dynfuse.errors import DynFuseError, shown
+from lib_dynfuse.hosts.base import Before, Layers, Place, Tag, refuse_compiled, watched
 from lib_dynfuse.hosts.forge_guiding import NO_XT, ForgeGuiding, backend_vae
 from lib_dynfuse.hosts.forge_networks import Patch, deltas_of
 from lib_dynfuse.hosts.fused import apart
@@ -90,7 +90,9 @@ class Forge:
             # After one that does not exist the host has loaded none at all.
             known = {*self._networks.available_networks, *self._networks.available_network_aliases}
             gone = [name for name in missing if name not in known] or missing
-            raise DynFuseError(f"no LoRA {', '.join(gone)} was found; {self.name} then leaves out the others too")
+            raise DynFuseError(
+                f"no LoRA {shown(', '.join(gone))} was found; {self.name} then leaves out the others too"
+            )
         roles: dict[tuple[str, float], Role] = {}
         for tag in tags:
             if tag.role is not None and roles.setdefault((files[tag.name], tag.unet), tag.role) is not tag.role:
@@ -129,6 +131,7 @@ class Forge:
         return Taken(key, role, patches, plain, deltas, {name: patches[name] for name in left})
 
     def layers(self) -> Layers:
+        refuse_compiled(self._unet)
         self._install()
         deltas: dict[str, dict[Role, list[Delta]]] = {}
         for taken in self._taken:
@@ -209,15 +212,14 @@ class Forge:
         return merged
 
     def watch(self, before: Before) -> Callable[[], None]:
-        def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def who(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Sequence[Row] | None:
             options = kwargs.get("transformer_options") or {}
             if options.get(MARK) != self._mark:
-                before(None)
-                return
+                return None
             x = args[0] if args else next(iter(kwargs.values()))
-            before(rows_of(options.get("cond_or_uncond", ()), x.shape[0], self._seeds))
+            return rows_of(options.get("cond_or_uncond", ()), x.shape[0], self._seeds)
 
-        return self._unet.register_forward_pre_hook(look, with_kwargs=True).remove
+        return watched(self._unet, who, before)
 
     def place(self, params: Any) -> Place:
         self._seeds = tuple(getattr(params.denoiser.p, "seeds", None) or ())

@@ -21,10 +21,6 @@ NO_XT = "it samples in inference mode and its UNet writes in place, so no gradie
 class ForgeGuiding:
     """See `hosts.guiding.Guiding`."""
 
-    no_xt = (
-        "Forge samples in inference mode and its UNet writes in place, so no gradient comes through it; use x0 or adam"
-    )
-
     def __init__(self, vae: Callable[[], Decoder] | None = None) -> None:
         self._load_vae = vae or backend_vae
         self._expecting = False

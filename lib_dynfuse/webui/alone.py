@@ -1,6 +1,6 @@
 """Pictures by one role's LoRAs alone, made in the WebUI itself: what guidance compares with where nothing was given.
 
-METHOD.md, section 1: "image generated with the subject LoRA alone". They are made in the script's `process`, when
+docs/method.md, section 1: "image generated with the subject LoRA alone". They are made in the script's `process`, when
 prompts and seeds of a run are known and nothing of it has begun.
 """
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib
 import logging
 import re
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from lib_dynfuse.core.types import Role
 from lib_dynfuse.errors import DynFuseError
 from lib_dynfuse.guidance.references import Cache, Wanted, find_preview
 from lib_dynfuse.hosts.reading import read_tags
+from lib_dynfuse.webui.loras import on_disk
 
 # The host's own pattern of whatever it takes out of a prompt.
 _NETWORK = re.compile(r"<(\w+):([^>]+)>")
@@ -69,7 +69,7 @@ def reference_cache() -> Cache:
 
 def preview_of(name: str) -> Path | None:
     """The picture that the WebUI shows for a LoRA, by the name or the alias in its tag; None where there is none."""
-    found = _on_disk(name)
+    found = on_disk(name)
     return None if found is None else find_preview(Path(found.filename))
 
 
@@ -166,30 +166,13 @@ class _Tag:
 
     def file(self) -> str:
         """Which file, and which version of it. Raises DynFuseError where the LoRA of a role is not there."""
-        found = _on_disk(self._name)
+        found = on_disk(self._name)
         if found is None:
             if self.role is not None:
                 raise _not_made(self.role, f"no LoRA {self._name} was found")
             return ""
         found.read_hash()
         return f"{found.hash or found.name} {_version(found.filename)}"
-
-
-def _on_disk(name: str) -> Any:
-    """The host's entry of a LoRA, found as it finds it itself."""
-    networks: Any = sys.modules.get("networks")
-    if networks is None:
-        return None
-
-    def look() -> Any:
-        forbidden = name.lower() in networks.forbidden_network_aliases
-        return (networks.available_networks if forbidden else networks.available_network_aliases).get(name)
-
-    found = look()
-    if found is None:
-        networks.list_available_networks()
-        found = look()
-    return found
 
 
 def _version(filename: str) -> str:

@@ -10,6 +10,7 @@ ENCODER_FOLDER = "dynfuse_encoder_folder"
 ENCODERS_REST = "dynfuse_encoders_rest"
 LOG_LEVEL = "dynfuse_log_level"
 SECTION = ("dynfuse", "Dynamic LoRA Fusion")
+_LOGGER = "lib_dynfuse"
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,13 @@ SETTINGS = (
         (),
         "between generations CLIP and DINO wait in main memory",
     ),
-    Setting(LOG_LEVEL, "Log level", "INFO", _LEVELS, "INFO: one line for each generation"),
+    Setting(
+        LOG_LEVEL,
+        "Log level",
+        "INFO",
+        _LEVELS,
+        "WARNING: what is wrong, as under the picture; INFO: one line for each generation too",
+    ),
 )
 _BY_KEY = {setting.key: setting for setting in SETTINGS}
 
@@ -96,5 +103,17 @@ def _stored(key: str) -> str | bool:
 
 
 def apply_log_level() -> None:
-    """Make our loggers as talkative as the setting says."""
-    logging.getLogger("lib_dynfuse").setLevel(value(LOG_LEVEL))
+    """Make our loggers as talkative as the setting says.
+
+    A WebUI that is not told a level of its own has no handler, and Python then prints warnings alone: so ours is added.
+    """
+    logger = logging.getLogger(_LOGGER)
+    logger.setLevel(value(LOG_LEVEL))
+    own = next((handler for handler in logger.handlers if handler.get_name() == _LOGGER), None)
+    if logging.root.handlers and own is not None:
+        logger.removeHandler(own)
+    elif not logging.root.handlers and own is None:
+        own = logging.StreamHandler()
+        own.set_name(_LOGGER)
+        own.setFormatter(logging.Formatter("DynFuse: %(message)s"))
+        logger.addHandler(own)

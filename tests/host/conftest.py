@@ -34,6 +34,8 @@ class WebUI:
     def __init__(self, address: str, subject: str, style: str) -> None:
         self.address = address.rstrip("/")
         self.subject, self.style = subject, style
+        # Of the pictures of the last answer.
+        self.traces: list[str] = []
 
     def call(self, path: str, body: Any = None) -> tuple[int, Any]:
         data = None if body is None else json.dumps(body).encode()
@@ -111,7 +113,13 @@ class WebUI:
         if status != 200:
             return Answer(status, [], [], answer)
         images = [np.asarray(decoded(one).convert("RGB")).astype(np.int16) for one in answer["images"]]
-        return Answer(status, images, json.loads(answer["info"])["infotexts"], answer)
+        info = json.loads(answer["info"])
+        self.traces = info["extra_generation_params"].get("DynFuse trace", [])
+        return Answer(status, images, info["infotexts"], answer)
+
+    def trace(self, image: int = 0, query: str = "") -> tuple[int, Any]:
+        """What was chosen in one of the last answer's pictures."""
+        return self.call(f"/dynfuse/v1/trace?id={self.traces[image]}{query}")
 
 
 def decoded(text: str) -> Image.Image:

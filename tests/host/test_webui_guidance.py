@@ -34,7 +34,7 @@ def scores(answer: Answer, index: int = 0) -> dict[str, float]:
 
 
 def nudged_steps(webui: WebUI) -> list[int]:
-    status, record = webui.call("/dynfuse/v1/trace")
+    status, record = webui.trace()
     assert status == 200
     return [one["step"] for one in record["nudges"]]
 
@@ -59,7 +59,7 @@ def test_every_sampler_is_nudged_once_a_step(webui: WebUI, sampler: str) -> None
     nudged = webui.generate(webui.prompt(), NUDGED, sampler_name=sampler)
     assert apart(nudged, fused) > 0
     # DDIM makes one step less than it is asked for.
-    taken = sorted({one["step"] for one in webui.call("/dynfuse/v1/trace")[1]["passes"]})
+    taken = sorted({one["step"] for one in webui.trace()[1]["passes"]})
     assert nudged_steps(webui) == taken
     assert len(taken) >= 3
 

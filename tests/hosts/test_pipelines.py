@@ -15,7 +15,7 @@ from lib_dynfuse.demo.export import ldm_tensors
 from lib_dynfuse.errors import DynFuseError
 from lib_dynfuse.hosts.diffusers import Embedded
 from lib_dynfuse.hosts.pipelines import open_pipeline
-from lib_dynfuse.hosts.samplers import make_sampler, sampler_name, sampler_names, sigmas
+from lib_dynfuse.hosts.samplers import SAMPLERS, make_sampler, sampler_name, sigmas
 
 PICTURE = {"prompt": "a fox", "steps": 2, "cfg": 3.0, "seeds": (7,), "tensors": True}
 
@@ -58,7 +58,7 @@ def own_sampler(sd_folder: Path) -> object:
     return open_pipeline(sd_folder, torch.float32).scheduler
 
 
-@pytest.mark.parametrize("name", sampler_names())
+@pytest.mark.parametrize("name", SAMPLERS)
 def test_every_sampler_can_be_made_and_is_called_by_its_name(own_sampler: object, name: str):
     sampler = make_sampler(own_sampler, name.upper())
     assert sampler_name(sampler) == name

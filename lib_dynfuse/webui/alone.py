@@ -6,6 +6,7 @@ prompts and seeds of a run are known and nothing of it has begun.
 
 from __future__ import annotations
 
+import importlib
 import logging
 import re
 from collections.abc import Iterator, Sequence
@@ -227,6 +228,7 @@ def _stopped(state: Any) -> str:
 
 def _processing(p: Any, batch: Sequence[_Picture]) -> Any:
     from modules.processing import StableDiffusionProcessingTxt2Img
+    from modules.scripts import ScriptRunner
 
     inner = StableDiffusionProcessingTxt2Img(
         prompt=[f"{one.text}{one.networks}" for one in batch],
@@ -243,6 +245,8 @@ def _processing(p: Any, batch: Sequence[_Picture]) -> Any:
     for name in _SAME:
         if hasattr(p, name):
             setattr(inner, name, getattr(p, name))
+    # None runs, but reForge looks for one of its own in every run.
+    inner.scripts, inner.script_args = ScriptRunner(), ()
     # The host keeps the last prompts encoded for the next run: those of the run itself are to stay.
     inner.cached_c, inner.cached_uc = [None] * len(inner.cached_c), [None] * len(inner.cached_uc)
     return inner
@@ -258,14 +262,15 @@ def _tensor(image: Any) -> Tensor:
 @contextmanager
 def _aside(p: Any, batches: int) -> Iterator[None]:
     """What the host keeps for the one run that is under way is, afterwards, as it was."""
-    from modules import sd_hijack, sd_models, shared
+    from modules import sd_models, shared
 
     gpus = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with ExitStack() as stack, torch.random.fork_rng(gpus):
 
         def put(owner: Any, name: str, value: Any) -> None:
-            stack.callback(setattr, owner, name, getattr(owner, name))
-            setattr(owner, name, value)
+            if hasattr(owner, name):  # not every host has all of them
+                stack.callback(setattr, owner, name, getattr(owner, name))
+                setattr(owner, name, value)
 
         state = shared.state
         for name, value in (
@@ -275,7 +280,7 @@ def _aside(p: Any, batches: int) -> Iterator[None]:
             ("sampling_step", 0),
             ("sampling_steps", p.steps),
             ("current_latent", None),
-            ("current_image", state.current_image),
+            ("current_image", getattr(state, "current_image", None)),
             ("current_image_sampling_step", 0),
             ("textinfo", None),
         ):
@@ -284,10 +289,17 @@ def _aside(p: Any, batches: int) -> Iterator[None]:
         stack.callback(lambda bar: bar.clear(), shared.total_tqdm)
         # Else the text of the last run, which a person may read back, would be that of ours.
         put(shared.cmd_opts, "no_prompt_history", True)
-        for owner in (getattr(sd_hijack, "model_hijack", None), shared.sd_model):
+        for owner in (_hijack(), shared.sd_model):
             for name in ("comments", "extra_generation_params"):
-                if hasattr(owner, name):
-                    put(owner, name, getattr(owner, name))
+                put(owner, name, getattr(owner, name, None))
         if hasattr(shared.sd_model, "applied_token_merged_ratio"):  # which the host takes back after each run
             stack.callback(sd_models.apply_token_merging, shared.sd_model, p.get_token_merging_ratio())
         yield
+
+
+def _hijack() -> Any:
+    """What collects comments on hosts that change the model's own classes; Forge Neo has none."""
+    try:
+        return importlib.import_module("modules.sd_hijack").model_hijack
+    except (ImportError, AttributeError):
+        return None

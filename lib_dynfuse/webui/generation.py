@@ -270,6 +270,7 @@ def finish(p: Any, processed: Any) -> None:
     if generation is None:
         return
     _log.info(_summary(generation))
+    _settle(p)
     _answer(p, processed, generation)
     if not generation.session.options.trace:
         return
@@ -281,9 +282,22 @@ def finish(p: Any, processed: Any) -> None:
             place += 1
 
 
+def _settle(p: Any) -> None:
+    """The functions that the host called for texts are the first picture's texts from here on: a grid's infotext is
+    still to be written, and an answer that is made of `p` anew, which Forge Classic cannot do with a function in it."""
+    for key in (CHOSEN_KEY, SCORES_KEY):
+        value = p.extra_generation_params.get(key)
+        if callable(value):
+            text = value(p=p)
+            if text is None:
+                del p.extra_generation_params[key]
+            else:
+                p.extra_generation_params[key] = text
+
+
 def _answer(p: Any, processed: Any, generation: _Generation) -> None:
     """What the API's answer says beside the pictures. It is no part of `p`: a grid's infotext is still to be written
-    from that, and what writes an infotext calls our functions, which some hosts cannot put into an answer."""
+    from that. Other extensions' functions are left out of it."""
     values = {key: value for key, value in p.extra_generation_params.items() if not callable(value)}
     if generation.all_scores:
         values[SCORES_KEY] = generation.all_scores

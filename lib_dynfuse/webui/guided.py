@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lib_dynfuse.core.types import Role
 from lib_dynfuse.errors import DynFuseError
+from lib_dynfuse.guidance import clip_without_open_clip
 from lib_dynfuse.guidance.decoders import Decoder
 from lib_dynfuse.guidance.guide import Guide
 from lib_dynfuse.guidance.objectives import Each, Pictures
@@ -18,6 +19,7 @@ from lib_dynfuse.guidance.pictures import PictureError
 from lib_dynfuse.guidance.references import collect
 from lib_dynfuse.guides import Guidance, prepare
 from lib_dynfuse.hosts.base import Host
+from lib_dynfuse.hosts.clip_words import tokenizer_folders
 from lib_dynfuse.hosts.reading import read_tags
 from lib_dynfuse.options import Options
 from lib_dynfuse.roles import strip_tags
@@ -59,6 +61,7 @@ def begin(p: Any, options: Options, host: Host, given: Given, tell: Callable[[st
     `given`: the pictures that came with the request, which are decoded here. May generate pictures of each LoRA alone;
     None where nothing is left to nudge or to score by.
     """
+    clip_without_open_clip.tokenizer_folders = tokenizer_folders
     try:
         guidance = prepare(
             options,

@@ -190,6 +190,7 @@ def test_the_real_hub_s_client_asks_nothing_without_consent(
     no_network: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr("time.sleep", lambda seconds: None)  # between attempts
     for load, name in ((load_clip, "ViT-B-32"), (load_dino, "facebook/dino-vits16"), (load_dino, "dinov2-small")):
         with pytest.raises(MissingError):

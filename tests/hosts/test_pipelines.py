@@ -66,6 +66,7 @@ def test_a_checkpoint_s_settings_are_not_fetched_unasked(
     monkeypatch.setattr("socket.getaddrinfo", refuse)
     monkeypatch.setattr("time.sleep", lambda seconds: None)  # between attempts
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     with pytest.raises(DynFuseError, match=r"give --config .* or have them fetched .* with --download"):
         open_pipeline(checkpoint, torch.float32)
     assert asked == []

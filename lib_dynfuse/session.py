@@ -53,7 +53,7 @@ class Session:
         self._strategy = options.make_strategy()
         self._active = False
         self._fusion: Fusion | None = None
-        self._reports = LayerReports(self.tell)
+        self._reports = LayerReports(self.tell, always_both=options.strategy == "sum")
         self._steps = 0  # that were begun with this fusion
         self._unreachable = ""  # why no layer could be fused, once that is known
         self._trace: Trace | None = None

@@ -51,7 +51,7 @@ class Session:
         """The LoRAs of either role, with their strengths, as the prompt has them that was read last."""
         self._active = False
         self._fusion: Fusion | None = None
-        self._reports = LayerReports(self.tell)
+        self._reports = LayerReports(self.tell, always_both=options.strategy == "sum")
         self._steps = 0  # that were begun with this fusion
         self._unreachable = ""  # why no layer could be fused, once that is known
         self._trace: Trace | None = None

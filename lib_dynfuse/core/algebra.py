@@ -380,9 +380,9 @@ def orthonormal_rows(matrix: Tensor) -> Tensor:
     """Q [n, k] with QᵀQ = I and the span of the rows of `matrix` [r, n], k their numerical rank.
 
     A thin QR; then, as QR makes up directions where rows are zero or depend on each other, the small triangular factor
-    says which of them are real.
+    says which of them are real. Entries that are no numbers count as zero.
     """
-    q, r = torch.linalg.qr(wide(matrix).T)
+    q, r = torch.linalg.qr(wide(matrix).nan_to_num(0.0, 0.0, 0.0).T)
     u, s, _ = torch.linalg.svd(r, full_matrices=False)
     return q @ u[:, s > s.amax() * max(matrix.shape) * torch.finfo(s.dtype).eps]
 

@@ -128,7 +128,7 @@ class Embedded:
         ]
         self.pipe.set_progress_bar_config(disable=not progress, desc="Sampling", leave=False)
         with ExitStack() as stack:
-            fusion, reports = None, LayerReports(self.say)
+            fusion, reports = None, LayerReports(self.say, always_both=options.strategy == "sum")
             if layers:
                 window = (options.start, options.stop)
                 fusion = Fusion(layers, rule, trace, window=window, failed=reports.failed)

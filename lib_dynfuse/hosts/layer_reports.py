@@ -11,10 +11,14 @@ _log = logging.getLogger("lib_dynfuse")
 
 
 class LayerReports:
-    """For one generation; `say` gets one line at a time."""
+    """For one generation; `say` gets one line at a time.
 
-    def __init__(self, say: Callable[[str], None]) -> None:
+    `always_both`: the rule adds both deltas everywhere, so that a batch nobody can read makes no difference.
+    """
+
+    def __init__(self, say: Callable[[str], None], always_both: bool = False) -> None:
         self._say = say
+        self._always_both = always_both
         self._said: set[str] = set()
 
     def _once(self, kind: str, line: str) -> None:
@@ -25,6 +29,8 @@ class LayerReports:
     def failed(self, layer: str, error: Exception) -> None:
         """A layer added both of its deltas because of `error`; for `Fusion(failed=...)`."""
         if isinstance(error, ForeignBatch):
+            if self._always_both:
+                return
             self._once(
                 "batch",
                 f"some layers see another batch than the UNet, as with prompts by region: both LoRAs are added there "
@@ -41,6 +47,8 @@ class LayerReports:
 
     def unknown_batch(self) -> None:
         """The host cannot say which items of a batch belong to whom."""
+        if self._always_both:
+            return
         self._once(
             "unknown",
             "it is not known which items of the UNet's batch are of the prompt and which of the negative prompt: both "

@@ -42,12 +42,12 @@ lint: $(STAMP)
 lock:
 	cat $(LOCKS) > requirements/both.txt
 	uv pip compile pyproject.toml --extra demo --extra test --universal --python-version 3.10 --generate-hashes \
-		--no-header --no-config --default-index https://pypi.org/simple --quiet --output-file requirements/both.txt
+		--no-header --quiet --output-file requirements/both.txt
 	awk '/^[a-z]/ { torch = /^(torch==|cuda-|nvidia-)/ } { print > (torch ? "requirements/torch.txt" : "requirements/dev.txt") }' \
 		requirements/both.txt
 	rm requirements/both.txt
-	echo 'pip-audit' | uv pip compile - --universal --python-version 3.10 --generate-hashes --no-header --no-config \
-		--default-index https://pypi.org/simple --quiet --output-file requirements/audit.txt
+	echo 'pip-audit' | uv pip compile - --universal --python-version 3.10 --generate-hashes --no-header \
+		--quiet --output-file requirements/audit.txt
 
 audit:
 	test -x $(VENV)-audit/bin/python || $(PYTHON) -m venv $(VENV)-audit

@@ -239,40 +239,44 @@ class Fusion:
             if self.paused:
                 return y
             run.reached.add(layer.index)
-            x: Tensor = args[0] if args else next(iter(kwargs.values()))
-            if not y.numel():
-                return y
-            if layer.decides and recomputing():
-                return self._repeat(layer, run, x, y)
-            if self._failed is None:
-                return self._fuse(layer, run, x, y)
-            reason: Exception
+            if self._failed is None or (layer.decides and recomputing()):
+                return self._fuse(layer, run, _input(args, kwargs), y)
+            run.writing = False
             try:
                 if layer.index not in run.broken:
-                    return self._fuse(layer, run, x, y)
-                return self._add_both(layer, run, x, y)
+                    return self._fuse(layer, run, _input(args, kwargs), y)
+                return self._add_both(layer, run, _input(args, kwargs), y)
             except ForeignBatch as error:
-                known, reason = run.foreign, error
+                self._report(layer, run.foreign, error, self._failed)
             # Whatever it is: a picture is worth more than our part in it.
             except Exception as error:
-                known, reason = run.broken, error
-            if layer.index not in known:
-                known.add(layer.index)
-                self._failed(layer.name, reason)
-            return self._fallen_back(layer, run, x, y, lambda: module.forward(*args, **kwargs))
+                self._report(layer, run.broken, error, self._failed)
+            return self._fallen_back(layer, run, args, kwargs, y)
 
         return fuse
 
-    def _fallen_back(self, layer: Layer, run: _Run, x: Tensor, y: Tensor, again: Callable[[], Tensor]) -> Tensor:
-        """The output with both deltas, or by itself where even that fails; `again` makes it as it was."""
+    def _report(
+        self, layer: Layer, known: set[int], error: Exception, failed: Callable[[str, Exception], None]
+    ) -> None:
+        if layer.index not in known:
+            known.add(layer.index)
+            failed(layer.name, error)
+
+    def _fallen_back(self, layer: Layer, run: _Run, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor:
+        """The output with both deltas, or by itself where even that fails; computed anew where it was changed."""
         if run.writing:
-            y = again()
+            y = layer.module.forward(*args, **kwargs)
         try:
-            return self._add_both(layer, run, x, y)
+            return self._add_both(layer, run, _input(args, kwargs), y)
         except Exception:
-            return again() if run.writing else y
+            found: Tensor = layer.module.forward(*args, **kwargs) if run.writing else y
+            return found
 
     def _fuse(self, layer: Layer, run: _Run, x: Tensor, y: Tensor) -> Tensor:
+        if not y.numel():
+            return y
+        if layer.decides and recomputing():
+            return self._repeat(layer, run, x, y)
         if self.adds_both or not layer.decides:
             return self._add_both(layer, run, x, y)
         run.writing = False
@@ -375,6 +379,11 @@ class Fusion:
         if self._trace is not None:
             self._trace.begin(self._step, self._progress, rows)
         return moment
+
+
+def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    x: Tensor = args[0] if args else next(iter(kwargs.values()))
+    return x
 
 
 def _own(x: Tensor, y: Tensor) -> Tensor:

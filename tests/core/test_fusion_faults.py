@@ -218,6 +218,20 @@ def test_where_not_even_both_can_be_added_the_layer_is_left_alone() -> None:
     assert failures.layers == ["l"]
 
 
+def test_a_layer_that_gives_no_tensor_is_left_alone() -> None:
+    class Two(nn.Linear):
+        def forward(self, x: Tensor) -> tuple[Tensor, int]:  # type: ignore[override]
+            return super().forward(x), 7
+
+    layer, failures = Two(6, 8), Failures()
+    generator = torch.Generator().manual_seed(1)
+    layers: Layers = {"l": (layer, {role: random_lora(layer, 2, 0.3, generator) for role in BOTH})}
+    with torch.no_grad(), Fusion(layers, strategy("kl"), failed=failures):
+        found, seven = layer(torch.randn(2, 4, 6))
+    assert (found.shape, seven) == ((2, 4, 8), 7)
+    assert failures.layers == ["l"]
+
+
 def test_no_memory_for_the_rule_is_memory_enough_for_the_sum(monkeypatch: pytest.MonkeyPatch) -> None:
     layer, layers = one_layer()
     x, failures = torch.randn(2, 4, 6), Failures()

@@ -273,7 +273,7 @@ def _generate(
                 "CFG scale": f"{settings['cfg']:g}",
                 "Seed": seeds[index],
                 "Size": f"{width}x{height}",
-                "Model": writable(host.name),
+                "Model": host.name,
                 **_described(options, fused, guidance is not None),
                 SCORES_KEY: as_text(scores[index]) if scores else None,
             }
@@ -354,7 +354,7 @@ def _weights(texts: Sequence[str]) -> dict[str, Any]:
     """`--weight clip_style=2`."""
     found = dict(assignment(text, "--weight") for text in texts)
     if unknown := [name for name in found if name not in TERMS]:
-        raise OptionsError(f"--weight {unknown[0]}: unknown; there are: {', '.join(TERMS)}")
+        raise OptionsError(f"--weight {shown(unknown[0])}: unknown; there are: {', '.join(TERMS)}")
     return {f"weight_{name}": value for name, value in found.items()}
 
 
@@ -362,14 +362,15 @@ def assignment(text: str, where: str) -> tuple[str, Any]:
     """`name=value`, the value as a number or a switch where it is one. Raises OptionsError that begins with `where`."""
     name, equals, value = (part.strip() for part in text.partition("="))
     if not name or not equals or not value:
-        raise OptionsError(f"{where} {text}: write NAME=VALUE, as in softness=0.5")
+        raise OptionsError(f"{where} {shown(text)}: write NAME=VALUE, as in softness=0.5")
     if value.lower() in ("true", "on", "false", "off"):
         return name, value.lower() in ("true", "on")
-    try:
-        number = float(value)
-    except ValueError:
-        return name, value
-    return name, int(number) if re.fullmatch(r"[+-]?\d+", value) else number
+    for kind in (int, float):
+        try:
+            return name, kind(value)
+        except ValueError:
+            continue
+    return name, value
 
 
 def _check_letters(texts: Mapping[str, str]) -> None:
@@ -385,5 +386,5 @@ def _size(text: str) -> tuple[int, int] | None:
         return None
     match = re.fullmatch(r"\s*(\d{1,5})\s*(?:[xX×]\s*(\d{1,5})\s*)?", text)
     if match is None:
-        raise DynFuseError(f"--size {text}: write WIDTHxHEIGHT, as in 512x768")
+        raise DynFuseError(f"--size {shown(text)}: write WIDTHxHEIGHT, as in 512x768")
     return int(match[1]), int(match[2] or match[1])

@@ -384,7 +384,7 @@ def _weights(texts: Sequence[str]) -> dict[str, Any]:
     """`--weight clip_style=2`."""
     found = dict(assignment(text, "--weight") for text in texts)
     if unknown := [name for name in found if name not in TERMS]:
-        raise OptionsError(f"--weight {unknown[0]}: unknown; there are: {', '.join(TERMS)}")
+        raise OptionsError(f"--weight {shown(unknown[0])}: unknown; there are: {', '.join(TERMS)}")
     return {f"weight_{name}": value for name, value in found.items()}
 
 
@@ -392,14 +392,15 @@ def assignment(text: str, where: str) -> tuple[str, Any]:
     """`name=value`, the value as a number or a switch where it is one. Raises OptionsError that begins with `where`."""
     name, equals, value = (part.strip() for part in text.partition("="))
     if not name or not equals or not value:
-        raise OptionsError(f"{where} {text}: write NAME=VALUE, as in softness=0.5")
+        raise OptionsError(f"{where} {shown(text)}: write NAME=VALUE, as in softness=0.5")
     if value.lower() in ("true", "on", "false", "off"):
         return name, value.lower() in ("true", "on")
-    try:
-        number = float(value)
-    except ValueError:
-        return name, value
-    return name, int(number) if re.fullmatch(r"[+-]?\d+", value) else number
+    for kind in (int, float):
+        try:
+            return name, kind(value)
+        except ValueError:
+            continue
+    return name, value
 
 
 def _check_letters(texts: Mapping[str, str]) -> None:
@@ -415,5 +416,5 @@ def _size(text: str) -> tuple[int, int] | None:
         return None
     match = re.fullmatch(r"\s*(\d{1,5})\s*(?:[xX×]\s*(\d{1,5})\s*)?", text)
     if match is None:
-        raise DynFuseError(f"--size {text}: write WIDTHxHEIGHT, as in 512x768")
+        raise DynFuseError(f"--size {shown(text)}: write WIDTHxHEIGHT, as in 512x768")
     return int(match[1]), int(match[2] or match[1])

@@ -28,8 +28,13 @@ async function look(page) {
     /** The panel's values as Python gets them. */
     const read = async () => {
         await area("txt2img_values").fill("");
-        await text("#txt2img_read").click();
-        return JSON.parse(await until(() => value("txt2img_values"), (now) => now));
+        let found = "";
+        // A page that is not quite loaded on a busy machine loses a click.
+        for (let tries = 0; tries < 3 && !found; tries++) {
+            await text("#txt2img_read").click();
+            found = await until(() => value("txt2img_values"), (now) => now);
+        }
+        return JSON.parse(found);
     };
     const click = async (index) => {
         await chips().nth(index).click();
@@ -68,7 +73,7 @@ async function look(page) {
         await page.keyboard.press("Control+z");
         seen.undone.push(await value("txt2img_prompt"));
     }
-    seen.undoneChips = await until(words, (now) => now[1].includes("plain"));
+    seen.undoneChips = await until(words, (now) => now[1]?.includes("plain"));
 
     await chips().nth(2).focus();
     await page.keyboard.press("Enter");
@@ -89,12 +94,12 @@ async function look(page) {
     await area("txt2img_prompt").fill("<lora:fox:1:role=sbject>");
     seen.wrong = {chips: await until(words, (now) => now.length === 1), status: await status()};
     await area("txt2img_prompt").fill("<lora:fox:1,0:role=subject>");
-    seen.unreadable = {chips: await until(words, (now) => now[0].includes("1,0")), status: await status()};
+    seen.unreadable = {chips: await until(words, (now) => now[0]?.includes("1,0")), status: await status()};
     await area("txt2img_prompt").fill("<lora:fox:1:role=subject> <lora:gone:1:role=style>");
-    seen.unlisted = {status: await until(status, (now) => now[0].includes("not in")), chips: await words()};
+    seen.unlisted = {status: await until(status, (now) => now[0]?.includes("not in")), chips: await words()};
     seen.unlisted.dashed = await text("#dynfuse_roles_txt2img .dynfuse-doubtful").allInnerTexts();
     await area("txt2img_prompt").fill("<lora:fox:1:role=subject> <lora:ink:1:role=style>");
-    seen.listed = await until(status, (now) => now[0].startsWith("subject"));
+    seen.listed = await until(status, (now) => now[0]?.startsWith("subject"));
     await area("txt2img_neg_prompt").fill("blurry <lora:detail:1>");
     seen.negative = await lines(2);
     await area("txt2img_neg_prompt").fill("");
@@ -180,7 +185,7 @@ async function look(page) {
 
     await text("#txt2img_paste").click();
     seen.pasted = {prompt: await until(() => value("txt2img_prompt"), (now) => now.startsWith("pasted"))};
-    seen.pasted.chips = await until(words, (now) => now[0].includes("ink"));
+    seen.pasted.chips = await until(words, (now) => now[0]?.includes("ink"));
     seen.pasted.shown = await until(shown, (now) => now.nudged);
     seen.pasted.values = await read();
     await text("#txt2img_paste_without_us").click();

@@ -98,9 +98,9 @@ async function look(page) {
     seen.unticked.comments = await on("#html_log_txt2img").innerText();
     await page.screenshot({path: `${pictures}/webui-unticked-made.png`});
     await prompt.fill(`a <lora:${subject}:1,0:role=subject>`);
-    seen.unreadable = await until(status, (now) => now[0].includes("is not a number"));
+    seen.unreadable = await until(status, (now) => now[0]?.includes("is not a number"));
     await prompt.fill(`a <lora:${subject}:1:role=subject> <lora:no such:1:role=style>`);
-    seen.unlisted = await until(status, (now) => now[0].includes("not in the"));
+    seen.unlisted = await until(status, (now) => now[0]?.includes("not in the"));
 
     await prompt.fill("");
     await page.locator("#txt2img_extra_tabs > .tab-nav button", {hasText: /^\s*Lora\s*$/}).click();

@@ -6,6 +6,7 @@ may be used and what may be fetched is the Source's to say. Loading takes second
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -156,14 +157,27 @@ def _local_clip(
         config, settings = told["model_cfg"], told.get("preprocess_cfg") or {}
         folder = path.parent
     else:
+        named_by_file = not arch
         arch = arch or _architecture(open_clip, found, source)
         config, settings = _config(open_clip, arch), open_clip.get_pretrained_cfg(arch, _published(open_clip, arch))
+        if _has_foreign_tower(config) and not (source.paths or named_by_file):
+            raise EncoderError(f"{arch} has a tower of another library: put {_CLIP_CONFIG} beside the file")
         folder = None
     state = weights.state_dict(path, source)
+    if not _has_foreign_tower(config):
+        # Sizes are compared before there is memory for them: who names the architecture may be a stranger.
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            _fill(_open_clip_model(open_clip, config, folder, source)[0], dict(state), source.shown(path))
     model, tokenizer = _open_clip_model(open_clip, config, folder, source)
     _fill(model, state, source.shown(path))
     preprocess = from_open_clip(model.visual.image_size, settings)
     return ClipEncoder(f"{found.stem} (open_clip)", model, preprocess, tokenizer, device, dtype)
+
+
+def _has_foreign_tower(config: dict[str, Any]) -> bool:
+    """Whether a part of it is built, and perhaps fetched, by timm or transformers."""
+    return "timm_model_name" in config["vision_cfg"] or "hf_model_name" in config["text_cfg"]
 
 
 def _hub_clip(

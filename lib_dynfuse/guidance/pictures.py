@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
 FORMATS_SHOWN = "PNG, JPEG, WebP, BMP and GIF"
 MOST_PIXELS = 64_000_000
+MOST_SIDE = 32_768  # a longer one is no picture, and cannot be decoded strip by strip
 # PIL decodes a WebP in several copies of four bytes a pixel each, and at no smaller size.
 _MOST_PIXELS_OF = {"WEBP": 24_000_000}
 # References are looked at by encoders of 224 or 384 pixels.
@@ -35,6 +36,8 @@ _DATA_URL = re.compile(r"data:[^,]{0,200};base64,", re.IGNORECASE)
 _ORIENTATION = 0x0112
 # A JPEG's scan may go through all of its pixels at the cost of a few bytes; cameras and editors write about ten.
 _SCAN, _MOST_SCANS = b"\xff\xda", 50
+# Of a BMP: plain, and plain with masks. PIL fills whatever a packed one asks for, in older versions without a limit.
+_PLAIN_BMP = (0, 3)
 _PIXELS_A_STRIP = 2**20
 _DIGITS = 10
 _MOST_FINGERPRINTS = 4
@@ -85,6 +88,7 @@ class PictureFile:
             with images.open(io.BytesIO(self.data), formats=FORMATS) as image:
                 self._check_size(image)
                 self._check_scans(image)
+                self._check_packing(image)
                 yield image
         except PictureError:
             raise
@@ -97,6 +101,8 @@ class PictureFile:
             ) from None
 
     def _check_size(self, image: Image) -> None:
+        if max(image.size) > MOST_SIDE:
+            raise PictureError(f"{self.name}: has a side of {max(image.size)} pixels; at most {MOST_SIDE} are allowed")
         most = _MOST_PIXELS_OF.get(image.format or "", MOST_PIXELS)
         if image.width * image.height > most:
             size = f"{image.width} x {image.height} pixels"
@@ -107,6 +113,10 @@ class PictureFile:
             scans = self.data.count(_SCAN)
             if scans * image.width * image.height > _MOST_SCANS * MOST_PIXELS:
                 raise PictureError(f"{self.name}: is a JPEG of {scans} scans, which would take too long to decode")
+
+    def _check_packing(self, image: Image) -> None:
+        if image.format == "BMP" and image.info.get("compression", 0) not in _PLAIN_BMP:
+            raise PictureError(f"{self.name}: is a compressed BMP; save it as PNG")
 
     @property
     def fingerprint(self) -> str:

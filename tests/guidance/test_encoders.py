@@ -9,6 +9,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import open_clip
 import pytest
@@ -19,6 +20,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lib_dynfuse.guidance import encoders
 from lib_dynfuse.guidance.encoders import EncoderError, load_clip, load_dino
 from lib_dynfuse.guidance.preprocess import from_open_clip, from_transformers
 from lib_dynfuse.guidance.sources import Source
@@ -343,3 +345,31 @@ def test_importing_guidance_imports_neither_library() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""
+
+
+def test_an_architecture_is_compared_with_the_file_before_there_is_memory_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_file({"visual.proj": torch.zeros(2, 2)}, tmp_path / "mine.safetensors")
+    devices: list[str] = []
+    real = torch.nn.Linear.__init__
+
+    def counted(self: torch.nn.Linear, *arguments: Any, **settings: Any) -> None:
+        real(self, *arguments, **settings)
+        devices.append(self.weight.device.type)
+
+    monkeypatch.setattr(torch.nn.Linear, "__init__", counted)
+    with pytest.raises(EncoderError, match="mine.safetensors is of another architecture"):
+        load_clip("ViT-H-14:mine", Source(tmp_path))
+    assert set(devices) == {"meta"}
+
+
+@pytest.mark.parametrize("arch", ["xlm-roberta-base-ViT-B-32", "ViT-B-16-SigLIP"])
+def test_a_request_cannot_ask_for_another_librarys_towers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arch: str
+) -> None:
+    """What they fetch would be chosen by whoever names the architecture."""
+    save_file({"visual.proj": torch.zeros(2, 2)}, tmp_path / "mine.safetensors")
+    monkeypatch.setattr(encoders, "text_files", None)
+    with pytest.raises(EncoderError, match=f"{arch} has a tower of another library: put open_clip_config.json beside"):
+        load_clip(f"{arch}:mine", Source(tmp_path, download=True))

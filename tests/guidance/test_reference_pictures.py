@@ -6,6 +6,7 @@ import base64
 import hashlib
 import io
 import os
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -345,3 +346,23 @@ def test_many_pictures_have_one_fingerprint_together() -> None:
     assert together.startswith("together ")
     assert len(together) < 20
     assert together != fingerprints(files[::-1])
+
+
+def bmp(width: int, packing: int, body: bytes) -> PictureFile:
+    """A BMP of one line with 256 shades and 8 bits a pixel."""
+    palette = b"".join(bytes((shade, shade, shade, 0)) for shade in range(256))
+    start = 14 + 40 + len(palette)
+    head = struct.pack("<IiiHHIIiiII", 40, width, 1, 1, 8, packing, len(body), 0, 0, 256, 0)
+    return PictureFile("it", b"BM" + struct.pack("<IHHI", start + len(body), 0, 0, start) + head + palette + body)
+
+
+def test_a_packed_bmp_is_refused_before_it_is_unpacked() -> None:
+    """Some versions of PIL fill as many lines as a code of two bytes asks for, however long they are."""
+    assert bmp(4, 0, b"\x00\x40\x80\xff").decode().shape == (1, 3, 1, 4)
+    with pytest.raises(PictureError, match="it: is a compressed BMP; save it as PNG"):
+        bmp(30_000, 1, b"\x00\x02\x00\x00\xff\xff\x00\x01").check()
+
+
+def test_a_line_of_millions_of_pixels_is_no_picture() -> None:
+    with pytest.raises(PictureError, match="it: has a side of 32769 pixels; at most 32768 are allowed"):
+        blank(32_769, 1).check()

@@ -6,6 +6,7 @@ import json
 import re
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,18 @@ import lib_dynfuse
 
 BOX = Path(lib_dynfuse.__file__).parent / "demo"
 KL: dict[str, Any] = {"enabled": True, "strategy": "kl"}
-ENCODERS = {"clip": str(BOX / "clip"), "dino": str(BOX / "dino"), "nudge_decoder": "linear"}
+FOLDER = "dynfuse_encoder_folder"
+ENCODERS = {"clip": "clip", "dino": "dino", "nudge_decoder": "linear"}
 NUDGED = {**KL, **ENCODERS, "nudge": True, "nudge_start": 0.0}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _boxed_encoders(webui: WebUI) -> Iterator[None]:
+    """The WebUI's owner lets it use the boxed CLIP and DINO, as long as these tests run."""
+    before = webui.call("/sdapi/v1/options")[1][FOLDER]
+    webui.call("/sdapi/v1/options", {FOLDER: str(BOX)})
+    yield
+    webui.call("/sdapi/v1/options", {FOLDER: before or ""})
 
 
 def apart(one: Answer, other: Answer) -> int:
@@ -117,9 +128,9 @@ def test_only_the_best_of_a_batch_are_kept(webui: WebUI) -> None:
 
 def test_what_is_missing_is_told_and_the_picture_is_made(webui: WebUI) -> None:
     fused = webui.generate(webui.prompt(), KL)
-    answer = webui.generate(webui.prompt(), {**NUDGED, "clip": "/nowhere", "dino": "none"})
+    answer = webui.generate(webui.prompt(), {**NUDGED, "clip": "ViT-B-32:laion2b_s34b_b79k", "dino": "none"})
     assert apart(answer, fused) == 0
-    assert "put the checkpoint at" in answer.infotexts[0]
+    assert "CLIP is not on this machine: put " in answer.infotexts[0]
     assert "not nudged" in answer.infotexts[0]
 
 

@@ -57,7 +57,7 @@ def test_block_weights_of_another_extension_are_those_of_the_deltas(webui: WebUI
         entry = patches.pop(key)
         for ratio, listed in zip(weights, entry.values(), strict=True):
             listed[:] = [[key[1] * ratio, *patch[1:]] for patch in listed]
-        patches[key[0], f"{key[1]},{weights}", *key[2:]] = entry
+        patches[(key[0], f"{key[1]},{weights}", *key[2:])] = entry
     webui.begin_pass()
     merged = webui.sample(x)
     host = Forge(webui.networks)

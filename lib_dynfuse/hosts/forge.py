@@ -98,13 +98,14 @@ class Forge:
             if tag.role is not None and roles.setdefault((files[tag.name], tag.unet), tag.role) is not tag.role:
                 raise DynFuseError(f"{tag.name} is subject and style at once; a LoRA can have one role only")
         loaded = self._loaded()
-        plain = [patches for key, patches in loaded.items() if key[:2] not in roles]
+        keys = {one: _key_of(loaded, *one) for one in roles}
+        plain = [patches for key, patches in loaded.items() if key not in keys.values()]
         names = {file: name for name, file in files.items()}
         before, self._taken = self._taken, []
         said = []
         for (file, strength), role in roles.items():
             name = names[file]
-            key = next((key for key in loaded if key[:2] == (file, strength)), None)
+            key = keys[file, strength]
             if key is None:
                 said.append(
                     f"{self.name} found nothing of {name} for this model's UNet (it may be for another model, or of a "
@@ -224,6 +225,17 @@ class Forge:
     def place(self, params: Any) -> Place:
         self._seeds = tuple(getattr(params.denoiser.p, "seeds", None) or ())
         return place_of(params)
+
+
+def _key_of(loaded: Mapping[tuple[Any, ...], Patches], file: str, strength: float) -> tuple[Any, ...] | None:
+    """The key of a file's patches at one strength.
+
+    sd-webui-lora-block-weight puts a text of its weights where the strength was, and multiplies the patches by them.
+    """
+    exact = next((key for key in loaded if key[:2] == (file, strength)), None)
+    if exact is not None:
+        return exact
+    return next((key for key in loaded if key[0] == file and isinstance(key[1], str)), None)
 
 
 def rows_of(cond_or_uncond: Sequence[int], count: int, seeds: Sequence[int]) -> tuple[Row, ...]:

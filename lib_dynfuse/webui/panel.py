@@ -66,7 +66,8 @@ def build(is_img2img: bool, elem_id: Callable[[str], str]) -> Panel:
     host, lacking = _host()
     with _switch(elem_id("enabled"), tab) as made["enabled"]:
         if lacking:
-            gr.HTML(f'<p class="dynfuse-lacking">Nothing can be fused here: {html.escape(lacking)}</p>')
+            what = f"Nothing can be fused here: {lacking}. Every LoRA is added as without this extension."
+            gr.HTML(f'<p class="dynfuse-lacking">{html.escape(what)}</p>')
         # The script looks for this id, so the host has no say in it.
         gr.HTML("", elem_id=f"dynfuse_roles_{tab}")
         _questions(tab)

@@ -20,6 +20,7 @@ from lib_dynfuse.guidance.libraries import EncoderError, library
 from lib_dynfuse.guidance.sources import Source
 
 BOXED = Path(lib_dynfuse.__file__).parent / "demo" / "clip"
+OWNER = Source(paths=True)
 PROMPTS = ["a red fox in the snow", "It's 2 CATS,   and (a dog):", "a long one " * 40, ""]
 
 
@@ -65,9 +66,9 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path, open_clip: Any) -> Pa
 
 def test_pictures_and_prompts_are_the_same_vectors(folder: Path, is_missing: Callable[[], None]) -> None:
     pictures = torch.rand(3, 3, 50, 40, generator=torch.Generator().manual_seed(1))
-    before = load_clip(folder.name, Source(folder.parent))
+    before = load_clip(str(folder), OWNER)
     is_missing()
-    after = load_clip(folder.name, Source(folder.parent))
+    after = load_clip(str(folder), OWNER)
     assert type(after._model).__module__ == without.__name__
     assert after.name == before.name
     assert after.preprocess == before.preprocess
@@ -78,7 +79,7 @@ def test_pictures_and_prompts_are_the_same_vectors(folder: Path, is_missing: Cal
 def test_the_gradient_to_the_picture_is_the_same(is_missing: Callable[[], None]) -> None:
     def gradient() -> torch.Tensor:
         picture = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(1)).requires_grad_()
-        load_clip(BOXED.name, Source(BOXED.parent)).image(picture)[0, 0].backward()
+        load_clip(str(BOXED), OWNER).image(picture)[0, 0].backward()
         assert picture.grad is not None
         return picture.grad
 
@@ -134,4 +135,4 @@ def test_a_tower_of_another_library_is_refused_by_name(is_missing: Callable[[], 
     save_file({"x": torch.zeros(1)}, tmp_path / "open_clip_model.safetensors")
     is_missing()
     with pytest.raises(EncoderError, match="its image tower needs the package open_clip_torch"):
-        load_clip(tmp_path.name, Source(tmp_path.parent))
+        load_clip(str(tmp_path), OWNER)

@@ -359,7 +359,7 @@ def test_an_architecture_is_compared_with_the_file_before_there_is_memory_for_it
         devices.append(self.weight.device.type)
 
     monkeypatch.setattr(torch.nn.Linear, "__init__", counted)
-    with pytest.raises(EncoderError, match="mine.safetensors is of another architecture"):
+    with pytest.raises(EncoderError, match=r"mine\.safetensors is of another architecture"):
         load_clip("ViT-H-14:mine", Source(tmp_path))
     assert set(devices) == {"meta"}
 

@@ -1,13 +1,15 @@
-"""A small reForge and a small Forge Classic, cut to the shape of the real ones.
+"""A small reForge, a small Forge Classic and a small Forge Neo of mid 2026, cut to the shape of the real ones.
 
 Patches hang on a patcher by parameter, without the files' names; `load_models_gpu` merges them when sampling begins.
 reForge: patches are adapters, all clones share one backup, and a number says whether to merge anew. Classic: patches
-are tuples; every patcher keeps its own backup, or (`--persistent-patches`) all share one and a counter of changes.
+are tuples; every patcher keeps its own backup, or (`--persistent-patches`) all share one and a note of changes. Neo:
+as reForge, but with a sixth value a patch, and under `backend`.
 """
 
 from __future__ import annotations
 
 import copy
+import itertools
 import sys
 import uuid
 from collections.abc import Sequence
@@ -19,6 +21,8 @@ import torch
 from fake_forge import Objects as UnetOnly
 from fake_forge import Unet
 from torch import Tensor, nn
+
+_TIME = itertools.count(1)
 
 
 class Adapter:
@@ -143,27 +147,46 @@ class PersistentPatcher(Patcher):
 
     def add_patches(self, patches: dict[str, Any], strength: float) -> None:
         super().add_patches(patches, strength)
-        self.patch_status.update()
+        self.patch_status.on_add_patches()
 
     def load(self, loaded: list[Any]) -> None:
         if any(one.model is self for one in loaded):
             return
-        if self.backup and not (self.model.has_lora and self.patch_status.current == self.patch_status.updated):
+        status = self.patch_status
+        if status.l_cache != self.model.cached_lora_hash:
             self.restore()
-            self.patch_status.current = 0
-        if self.patches and self.patch_status.current == 0:
+            status.l_cache = self.model.cached_lora_hash
+        if self.patches and status.t_apply < status.t_added:
             self.merge()
             self.model.merges += 1
-            self.patch_status.current = self.patch_status.updated
+            status.t_apply = next(_TIME)
+            status.l_cache = self.model.cached_lora_hash
         loaded[:] = [SimpleNamespace(model=self)]
 
 
 class PatchStatus:
-    def __init__(self) -> None:
-        self.current = self.updated = 0
+    """As since May 2025: the times of the last merge and of the last change, and the LoRAs of the prompt then."""
 
-    def update(self) -> None:
-        self.updated += 1
+    def __init__(self) -> None:
+        self.t_apply = self.t_added = 0
+        self.l_cache: Any = None
+
+    def on_add_patches(self) -> None:
+        self.t_added = next(_TIME)
+
+
+class NeoPatcher(ReForgePatcher):
+    """Forge Neo without a `LoraLoader`: the sixth value says whether the patch is merged at all."""
+
+    end_of_patch = (None, None, False)
+
+
+def get_key_weight(model: Any, key: str) -> tuple[Tensor, None, None]:
+    return model.get_parameter(key), None, None
+
+
+def merge_lora_to_weight(patches: Sequence[Any], weight: Tensor, key: str) -> Tensor:
+    return calculate_weight(patches, weight, key)
 
 
 class Objects(UnetOnly):
@@ -180,6 +203,7 @@ class WebUI:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, kind: type[Any]) -> None:
         self.kind = kind
+        self.stacks = issubclass(kind, (ClassicPatcher, PersistentPatcher))
         self.files: dict[str, dict[str, Any]] = {}
         self.networks = SimpleNamespace(
             loaded_networks=[],
@@ -197,8 +221,15 @@ class WebUI:
         lora.calculate_weight = calculate_weight
         modules: Any = ModuleType("modules")
         modules.shared = self.shared
-        packages = [ModuleType("ldm_patched"), ModuleType("ldm_patched.modules")]
-        for module in (modules, self.shared, *packages, management, lora):
+        packages = [ModuleType(name) for name in ("ldm_patched", "ldm_patched.modules", "backend", "backend.patcher")]
+        base: Any = ModuleType("backend.patcher.base")
+        base.get_key_weight = get_key_weight
+        merging: Any = ModuleType("backend.patcher.lora")
+        merging.merge_lora_to_weight = merge_lora_to_weight
+        self.arguments: dict[str, Any] = {"nunchaku": False}
+        arguments: Any = ModuleType("backend.args")
+        arguments.dynamic_args = self.arguments
+        for module in (modules, self.shared, *packages, management, lora, base, merging, arguments):
             monkeypatch.setitem(sys.modules, module.__name__, module)
 
     def new_model(self, seed: int = 0) -> Any:
@@ -206,7 +237,7 @@ class WebUI:
         model: Any = nn.Module()
         model.diffusion_model = Unet(seed)
         model.requires_grad_(False)
-        model.merged, model.merges, model.has_lora = None, 0, False
+        model.merged, model.merges, model.cached_lora_hash = None, 0, []
         encoder: Any = nn.Module()
         encoder.layer = nn.Linear(4, 4)
         objects = Objects(self.kind(model), Patcher(encoder.requires_grad_(False)))
@@ -242,8 +273,9 @@ class WebUI:
         encoder.add_patches({"layer.weight": ("diff", (torch.ones(4, 4),))}, strength_clip)
         return unet, encoder
 
-    def activate(self, *tags: tuple[str, float]) -> None:
-        """`extra_networks.activate`: the same tags again load nothing."""
+    def activate(self, *tags: tuple[str, float], hires: bool = False) -> None:
+        """`extra_networks.activate`: the same tags again load nothing. Classic adds those of a hires prompt to what is
+        there."""
         model = self.model
         files = [f"/loras/{name}.safetensors" for name, _ in tags]
         self.networks.loaded_networks = [
@@ -254,8 +286,9 @@ class WebUI:
             return
         model.current_lora_hash = str(tags)
         objects = model.forge_objects
-        objects.unet.model.has_lora = bool(tags)
-        objects.unet, objects.clip = model.forge_objects_original.unet, model.forge_objects_original.clip
+        objects.unet.model.cached_lora_hash = list(tags)
+        if not (hires and self.stacks):
+            objects.unet, objects.clip = model.forge_objects_original.unet, model.forge_objects_original.clip
         for file, (_, strength) in zip(files, tags, strict=True):
             objects.unet, objects.clip = self.networks.load_lora_for_models(
                 objects.unet, objects.clip, self.read(file), strength, strength, filename=file

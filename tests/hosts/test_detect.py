@@ -12,6 +12,7 @@ import pytest
 from lib_dynfuse.hosts import detect as detection
 from lib_dynfuse.hosts.base import Unsupported
 from lib_dynfuse.hosts.detect import detect
+from lib_dynfuse.hosts.forge_neo import ForgeNeo, ForgeNeoByParameter
 
 Install = Callable[..., None]
 
@@ -55,6 +56,13 @@ FORGE = {
     "backend__utils": "get_attr_with_parent",
 }
 NEO = {**FORGE, "modules_forge__packages__comfy": ""}
+NEO_BY_PARAMETER = {
+    **NEO,
+    "networks": "loaded_networks load_lora_for_models load_lora_state_dict",
+    "backend__patcher__base": "get_key_weight",
+    "backend__patcher__lora": "merge_lora_to_weight",
+    "backend__patcher__unet": "UnetPatcher.add_patches UnetPatcher.clone UnetPatcher.set_transformer_option",
+}
 CLASSIC = {
     **A1111,
     "networks": "loaded_networks load_lora_for_models load_lora_state_dict",
@@ -79,11 +87,19 @@ def test_no_webui_at_all(install: Install) -> None:
         (REFORGE, "reForge"),
         (CLASSIC, "Forge Classic"),
         (NEO, "Forge Neo"),
+        (NEO_BY_PARAMETER, "Forge Neo"),
     ],
 )
 def test_a_webui_that_has_everything(install: Install, modules: dict[str, str], name: str) -> None:
     install(**modules)
     assert detect().name == name
+
+
+def test_the_two_forge_neos_are_told_apart_by_what_is_there(install: Install) -> None:
+    install(**NEO)
+    assert type(detect()) is ForgeNeo
+    install(**NEO_BY_PARAMETER)
+    assert type(detect()) is ForgeNeoByParameter
 
 
 def test_without_its_lora_extension(install: Install) -> None:

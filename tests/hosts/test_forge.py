@@ -48,6 +48,27 @@ def test_the_sum_is_what_the_host_merges(webui: WebUI, x: Tensor) -> None:
 
 
 @torch.no_grad()
+def test_block_weights_of_another_extension_are_those_of_the_deltas(webui: WebUI, x: Tensor) -> None:
+    """sd-webui-lora-block-weight multiplies a file's patches and puts a text where its strength was."""
+    webui.activate(*ALL)
+    patches = webui.model.forge_objects_after_applying_lora.unet.lora_patches
+    for file, weights in (("fox", (1.0, 0.25)), ("ink", (0.5, 0.0))):
+        key = next(key for key in patches if file in key[0])
+        entry = patches.pop(key)
+        for ratio, listed in zip(weights, entry.values(), strict=True):
+            listed[:] = [[key[1] * ratio, *patch[1:]] for patch in listed]
+        patches[(key[0], f"{key[1]},{weights}", *key[2:])] = entry
+    webui.begin_pass()
+    merged = webui.sample(x)
+    host = Forge(webui.networks)
+    assert host.take([FOX, INK, PLAIN]) == []
+    webui.begin_pass()
+    with fused(host):
+        torch.testing.assert_close(webui.sample(x), merged, rtol=1e-5, atol=1e-6)
+    assert list(webui.model.forge_objects.unet.lora_patches) == [("/loras/detail.safetensors", 0.5, 1.0, False)]
+
+
+@torch.no_grad()
 def test_off_is_bit_for_bit_what_it_was_before(webui: WebUI, x: Tensor) -> None:
     webui.activate(*ALL)
     webui.begin_pass()

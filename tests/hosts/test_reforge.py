@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from fake_forge import lora
-from fake_reforge import Adapter, ClassicPatcher, PersistentPatcher, ReForgePatcher, WebUI
+from fake_reforge import Adapter, ClassicPatcher, NeoPatcher, PersistentPatcher, ReForgePatcher, WebUI
 from fusing import fused
 from torch import Tensor
 
@@ -16,7 +16,7 @@ from lib_dynfuse.core import Role
 from lib_dynfuse.core.delta import LowRank, Scaled
 from lib_dynfuse.errors import DynFuseError
 from lib_dynfuse.hosts.base import Tag, Unsupported
-from lib_dynfuse.hosts.forge_neo import ForgeNeo
+from lib_dynfuse.hosts.forge_neo import ForgeNeo, ForgeNeoByParameter
 from lib_dynfuse.hosts.reforge import ForgeClassic, ReForge
 
 FOX, INK, PLAIN = Tag("fox", 1.0, Role.SUBJECT), Tag("ink", 0.7, Role.STYLE), Tag("detail", 0.5, None)
@@ -27,10 +27,10 @@ WEIGHTS = ("conv.weight", "to_q.weight")
 def shown_as(kind: type[Any], patch: tuple[str, Any]) -> Any:
     """A low-rank patch as the host of that patcher makes it."""
     values = patch[1][:4]
-    return Adapter("lora", (*values, None, None)) if kind is ReForgePatcher else ("lora", values)
+    return Adapter("lora", (*values, None, None)) if issubclass(kind, ReForgePatcher) else ("lora", values)
 
 
-@pytest.fixture(params=[ReForgePatcher, ClassicPatcher, PersistentPatcher])
+@pytest.fixture(params=[ReForgePatcher, ClassicPatcher, PersistentPatcher, NeoPatcher])
 def webui(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> WebUI:
     one = WebUI(monkeypatch, request.param)
     for seed, name in enumerate(("fox", "ink", "detail")):
@@ -45,7 +45,8 @@ def x() -> Tensor:
 
 
 def host_of(webui: WebUI) -> ReForge:
-    return (ReForge if webui.kind is ReForgePatcher else ForgeClassic)(webui.networks)
+    kinds = {ReForgePatcher: ReForge, NeoPatcher: ForgeNeoByParameter}
+    return kinds.get(webui.kind, ForgeClassic)(webui.networks)
 
 
 def merged_by_the_host(webui: WebUI, x: Tensor, *tags: tuple[str, float]) -> Tensor:
@@ -326,3 +327,58 @@ def test_forge_neo_s_adapters_are_read_as_well(reshape: list[int] | None) -> Non
     taken = Host(None)._divide(("ink", 0.5, 1.0, False), Role.STYLE, {"diffusion_model.to_q.weight": [patch]}, [])
     assert set(taken.deltas) == (set() if reshape else {"to_q"})
     assert taken.left == ({"diffusion_model.to_q.weight": [patch]} if reshape else {})
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [ClassicPatcher, PersistentPatcher])
+def test_what_classic_adds_to_a_hires_pass_is_fused_there_too(
+    kind: type[Any], monkeypatch: pytest.MonkeyPatch, x: Tensor
+) -> None:
+    """It adds a hires prompt's LoRAs to the patcher that is in place, which is ours after the first pass."""
+    webui = WebUI(monkeypatch, kind)
+    for seed, name in enumerate(("fox", "ink")):
+        webui.add_file(name, {"to_q.weight": shown_as(kind, lora(webui.unet.to_q, seed))})
+    base, hires = [("fox", 1.0), ("ink", 0.7)], [("ink", 0.4), ("fox", 0.2)]
+    merged_by_the_host(webui, x, *base)
+    webui.activate(*hires, hires=True)
+    webui.begin_pass()
+    merged = webui.sample(x)
+    webui.model.forge_objects = webui.model.forge_objects_original.shallow_copy()
+    host = host_of(webui)
+    webui.activate(*base)
+    assert host.take([FOX, INK]) == []
+    webui.begin_pass()
+    with fused(host):
+        webui.sample(x)
+        webui.activate(*hires, hires=True)
+    told = host.take([Tag("ink", 0.4, Role.SUBJECT), Tag("fox", 0.2, Role.SUBJECT)])
+    assert told == [
+        "Forge Classic keeps the prompt's LoRAs in the hires pass, besides the hires prompt's own: ink 0.7 stays "
+        "style, although ink has another role there"
+    ]
+    webui.begin_pass()
+    with fused(host):
+        assert "to_q" in host.layers()
+        assert not webui.model.forge_objects.unet.patches
+        torch.testing.assert_close(webui.sample(x), merged, rtol=1e-5, atol=1e-6)
+    host.give_back()
+    webui.begin_pass()
+    assert torch.equal(webui.sample(x), merged)
+
+
+def test_a_note_of_changes_under_a_new_name_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    webui = WebUI(monkeypatch, PersistentPatcher)
+    webui.activate()
+    webui.model.forge_objects.unet.patch_status = SimpleNamespace(t_added=0)
+    with pytest.raises(
+        Unsupported, match="SimpleNamespace of the UNet's patcher has neither on_add_patches nor update"
+    ):
+        host_of(webui).take([FOX])
+
+
+@pytest.mark.parametrize("kind", [ForgeNeo, ForgeNeoByParameter])
+def test_a_model_on_nunchaku_is_refused_by_name(kind: type[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    webui = WebUI(monkeypatch, NeoPatcher)
+    webui.arguments["nunchaku"] = True
+    with pytest.raises(Unsupported, match="runs on nunchaku"):
+        kind(webui.networks).take([FOX])

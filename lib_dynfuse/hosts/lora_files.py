@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +33,8 @@ _OTHER_FAMILIES = (
 )
 _FAMILY_OF_WIDTH = {768: "SD 1.x", 1024: "SD 2.x", 2048: "SDXL"}
 _READS_PROMPT = re.compile(r"attn2[._](?:processor\.)?to_k(?:_lora)?\.(?:lora_A|lora_down|lora\.down|down)")
+# What the WebUIs call by file name only, as they have words of their own for it.
+_NO_ALIAS = ("none", "addams")
 
 
 @dataclass(frozen=True)
@@ -76,33 +79,59 @@ def family_name(width: int) -> str:
 def find_lora(folder: Path | None, name: str) -> Path:
     """The file that a tag means: `name` is a file's name without its ending, or its path inside the folder.
 
-    Raises DynFuseError that lists what there is, the closest names first.
+    Where no file has the name, it may be the one that its trainer gave the LoRA, as in the WebUIs. Unicode may be
+    composed or decomposed. Raises DynFuseError that lists what there is, the closest names first.
     """
     if folder is None:
         raise DynFuseError(f"<lora:{name}>: no LoRA folder is given; name it with --lora-dir")
     if not folder.is_dir():
         raise DynFuseError(f"LoRA folder {folder} does not exist")
-    files = {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob(f"*{_SUFFIX}"))}
-    wanted = name.strip().removesuffix(_SUFFIX)
-    found = [path for key, path in files.items() if wanted in (key, path.stem)]
+    files = {_composed(path.relative_to(folder).with_suffix("").as_posix()): path for path in _files(folder, _SUFFIX)}
+    wanted = _composed(name).strip().removesuffix(_SUFFIX)
+    found = [key for key in files if wanted in (key, key.rpartition("/")[2])]
     if len(found) > 1 and wanted in files:
-        found = [files[wanted]]
+        found = [wanted]
     if len(found) > 1:
-        raise DynFuseError(
-            f"<lora:{name}>: several files have this name: {_listing(map(str, found))}; write its folder too"
-        )
+        raise DynFuseError(f"<lora:{name}>: several files have this name: {_listing(found)}; write its folder too")
     if found:
-        return found[0]
-    old = next((path for suffix in _OLD_SUFFIXES for path in folder.rglob(f"*{suffix}") if path.stem == wanted), None)
+        return files[found[0]]
+    named = [key for key, path in files.items() if wanted.lower() not in _NO_ALIAS and _alias(path) == wanted]
+    if len(named) > 1:
+        raise DynFuseError(f"<lora:{name}>: several files were trained under this name: {_listing(named)}; write one")
+    if named:
+        return files[named[0]]
+    old = next((path for suffix in _OLD_SUFFIXES for path in _files(folder, suffix) if _stem(path) == wanted), None)
     if old is not None:
         raise DynFuseError(f"<lora:{name}>: {old.name} is not a {_SUFFIX} file; convert it first")
     if not files:
         raise DynFuseError(f"<lora:{name}>: no {_SUFFIX} file in {folder}")
     close = difflib.get_close_matches(wanted, files, n=3, cutoff=0.5)
     hint = f" (did you mean {close[0]}?)" if close else ""
-    raise DynFuseError(
-        f"<lora:{name}>: not in {folder}{hint}; there is {_listing([*close, *(set(files) - set(close))])}"
-    )
+    others = [key for key in files if key not in close]
+    raise DynFuseError(f"<lora:{name}>: not in {folder}{hint}; there is {_listing([*close, *others])}")
+
+
+def _files(folder: Path, suffix: str) -> list[Path]:
+    return sorted(folder.rglob(f"*{suffix}"))
+
+
+def _composed(name: str) -> str:
+    """Unicode in one form: file systems and prompts differ in how they write an accent."""
+    return unicodedata.normalize("NFC", name)
+
+
+def _stem(path: Path) -> str:
+    return _composed(path.stem)
+
+
+def _alias(path: Path) -> str | None:
+    """The name that a LoRA was trained under; None where its file has none, or cannot be read."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            name = (file.metadata() or {}).get("ss_output_name")
+    except (SafetensorError, OSError):
+        return None
+    return None if name is None else _composed(name).strip()
 
 
 def _listing(names: object, most: int = 12) -> str:

@@ -179,6 +179,12 @@ def test_weights_that_are_no_numbers_are_refused(generate: Generate, lora_dir: P
     assert_refused(generate(broken(lora_dir, "spoilt", spoil)), words)
 
 
+@pytest.mark.parametrize("tag", ["<lora:huge:1:role=style>", "<lora:huge:1>"])
+def test_a_picture_of_nans_is_said_and_not_written_as_black(generate: Generate, lora_dir: Path, fox: Factors, tag: str):
+    save_file(in_layout("kohya", fox, alpha=1e30), lora_dir / "huge.safetensors")
+    assert_refused(generate(f"a fox {tag}", batch=2), ["seed 7, 8", "NaN", "float32"])
+
+
 def test_rank_0_is_refused(generate: Generate, lora_dir: Path):
     def hollow(state: dict[str, torch.Tensor]) -> None:
         for key, value in state.items():

@@ -1,4 +1,4 @@
-"""The embedded host: `diffusers` and `peft`, driven by the WebUI's prompt syntax, no WebUI needed."""
+"""The embedded host: `diffusers`, driven by the WebUI's prompt syntax, no WebUI needed."""
 
 from __future__ import annotations
 
@@ -112,9 +112,6 @@ class Embedded:
             self.say(notice)
         networks = [self._network(tag, options.enabled) for tag in text.tags]
         _refuse_both_roles(text.tags, networks)
-        layers = self._adapters.use(networks)
-        self._report(text.tags, options, layers)
-
         self.pipe.scheduler = make_sampler(self._own_sampler, sampler)
         guided = cfg > 1 and self.pipe.unet.config.time_cond_proj_dim is None
         noise = sigmas(self.pipe.scheduler, steps)
@@ -125,6 +122,8 @@ class Embedded:
         ]
         self.pipe.set_progress_bar_config(disable=not progress, desc="Sampling", leave=False)
         with ExitStack() as stack:
+            layers = stack.enter_context(self._adapters.applied(networks))
+            self._report(text.tags, options, layers)
             fusion = None
             if layers:
                 window = (options.start, options.stop)

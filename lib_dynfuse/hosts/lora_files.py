@@ -12,27 +12,19 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from lib_dynfuse.errors import DynFuseError
+from lib_dynfuse.hosts.lora_names import EXPECTED, belongs_to_a_network
 
 _SUFFIX = ".safetensors"
 _OLD_SUFFIXES = (".pt", ".ckpt", ".bin", ".pth")
-# Other kinds of network, by how the last part of their keys begins.
-_OTHER_KINDS = {
-    "hada_": "a LoHa",
-    "lokr_": "a LoKr",
-    "oft_": "an OFT",
-    "boft_": "a BOFT",
-    "on_input": "an (IA)³",
-    "lora_mid": "a LoCon with a middle factor",
-    "dora_scale": "a DoRA in kohya layout",
-    "diff": "a full difference",
-}
-_OTHER_PART = re.compile(rf"\.({'|'.join(_OTHER_KINDS)})")
 _OTHER_FAMILIES = (
     (("double_blocks", "single_blocks", "single_transformer_blocks"), "Flux"),
     (("joint_blocks", "add_k_proj"), "SD3"),
 )
 _FAMILY_OF_WIDTH = {768: "SD 1.x", 1024: "SD 2.x", 2048: "SDXL"}
-_READS_PROMPT = re.compile(r"attn2[._](?:processor\.)?to_k(?:_lora)?\.(?:lora_A|lora_down|lora\.down|down)")
+_READS_PROMPT = re.compile(
+    r"attn2[._](?:processor\.)?to_k(?:_lora)?\.(?:lora_A|lora_down|lora\.down|down|hada_w1_b|diff$)"
+)
+_SECOND_TEXT_ENCODER = ("lora_te2_", "text_encoder_2.", "clip_g.", "text_encoders.clip_g.")
 # What the WebUIs call by file name only, as they have words of their own for it.
 _NO_ALIAS = ("none", "addams")
 
@@ -57,17 +49,12 @@ class LoraFile:
         for words, family in _OTHER_FAMILIES:
             if any(word in key for key in self.shapes for word in words):
                 return family
-        if any(key.startswith(("lora_te2_", "text_encoder_2.")) for key in self.shapes):
+        if any(key.startswith(_SECOND_TEXT_ENCODER) for key in self.shapes):
             return "SDXL"
         width = self.context_width
         if width is not None:
             return family_name(width)
         return self.metadata.get("modelspec.architecture") or self.metadata.get("ss_base_model_version")
-
-    @property
-    def kind(self) -> str | None:
-        """The kind of network where it is one that diffusers does not read as a LoRA, else None."""
-        return next((_OTHER_KINDS[match[1]] for key in self.shapes if (match := _OTHER_PART.search(key))), None)
 
 
 def family_name(width: int) -> str:
@@ -142,8 +129,7 @@ def _listing(names: object, most: int = 12) -> str:
 def open_lora(path: Path) -> LoraFile:
     """Read every tensor of the file once and let through only what can be used.
 
-    Raises DynFuseError for an empty, truncated or foreign file, a rank of 0, a NaN or infinite weight, and for kinds of
-    network that diffusers does not read.
+    Raises DynFuseError for an empty, truncated or foreign file, a rank of 0, and a NaN or infinite weight.
     """
     if path.stat().st_size == 0:
         raise DynFuseError(f"{path.name}: the file is empty")
@@ -160,12 +146,8 @@ def open_lora(path: Path) -> LoraFile:
                     raise DynFuseError(f"{path.name}: NaN or infinite weights in {key}")
     except (SafetensorError, OSError) as error:
         raise DynFuseError(f"{path.name}: damaged, or not a {_SUFFIX} file ({error})") from error
-    lora = LoraFile(path.stem, path, shapes, metadata)
-    if lora.kind is not None:
-        raise DynFuseError(
-            f"{path.name}: {lora.kind} network, which diffusers cannot read; use a LoRA, or a DoRA in peft's layout"
-        )
-    if not any("lora" in key for key in shapes):
-        held = f"its first key is {next(iter(shapes))}" if shapes else "it holds no tensors"
-        raise DynFuseError(f"{path.name}: not a LoRA: {held}")
-    return lora
+    if not shapes:
+        raise DynFuseError(f"{path.name}: not a LoRA: it holds no tensors")
+    if not any(belongs_to_a_network(key) for key in shapes):
+        raise DynFuseError(f"{path.name}: not a LoRA: its first key is {next(iter(shapes))}; expected {EXPECTED}")
+    return LoraFile(path.stem, path, shapes, metadata)

@@ -53,15 +53,14 @@ def start_up(unet: str = "sd15", rank: int = 32, cover: str = "attention", threa
         )
         adapters = Adapters(pipeline, unet, _quiet)
         networks = [Network(path, role=role) for role, path in files.items()]
-        with timed("taking both files over"):
-            covered = adapters.use(networks)
+        with timed("taking both files over"), adapters.applied(networks) as covered:
+            pass
         with timed("packing their factors"):
             _packed(covered, "kl", {})
-        with timed("another rule and balance: files and layers kept"):
-            covered = adapters.use(networks)
+        with timed("another rule and balance: files and layers kept"), adapters.applied(networks) as covered:
+            pass
         with timed("another rule and balance: packing again"):
             _packed(covered, "kl", {"balance": 0.5, "auto_balance": True})
-        adapters.clear()
         with timed("diffusers: loading both files"):
             for role, path in files.items():
                 pipeline.load_lora_weights(path, adapter_name=role.value)

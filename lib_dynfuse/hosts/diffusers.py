@@ -1,4 +1,4 @@
-"""The embedded host: `diffusers` and `peft`, driven by the WebUI's prompt syntax, no WebUI needed."""
+"""The embedded host: `diffusers`, driven by the WebUI's prompt syntax, no WebUI needed."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ class Embedded:
         size: width and height, multiples of 8. cfg of 1 or less: no negative prompt, half the work.
         `guide`: made for these seeds, nudges the denoised predictions, whether or not any LoRA has a role; its steps
         are numbered as the trace's passes are.
-        Raises DynFuseError for what cannot be used; the model is then as it was.
+        Raises DynFuseError for what cannot be used, and for a picture that holds NaN; the model is then as it was.
         """
         options = options or Options(enabled=True)
         size = size or self.default_size
@@ -115,9 +115,6 @@ class Embedded:
             self.say(notice)
         networks = [self._network(tag, options.enabled) for tag in text.tags]
         _refuse_both_roles(text.tags, networks)
-        layers = self._adapters.use(networks)
-        self._report(text.tags, options, layers)
-
         self.pipe.scheduler = make_sampler(self._own_sampler, sampler)
         guided = cfg > 1 and self.pipe.unet.config.time_cond_proj_dim is None
         noise = sigmas(self.pipe.scheduler, steps)
@@ -128,6 +125,8 @@ class Embedded:
         ]
         self.pipe.set_progress_bar_config(disable=not progress, desc="Sampling", leave=False)
         with ExitStack() as stack:
+            layers = stack.enter_context(self._adapters.applied(networks))
+            self._report(text.tags, options, layers)
             fusion, reports = None, LayerReports(self.say, always_both=options.strategy == "sum")
             if layers:
                 window = (options.start, options.stop)
@@ -137,17 +136,31 @@ class Embedded:
             stack.enter_context(guided_steps(self.pipe, guide, cfg if guided else None, steps, self.say))
             pass_by_pass = _Steps(fusion, trace, noise, reports)
             pass_by_pass.move_to(0)
-            return self.pipe(
+            images: Tensor = self.pipe(
                 **self._embeddings(text.text, negative, guided, networks, len(seeds)),
                 width=size[0],
                 height=size[1],
                 num_inference_steps=steps,
                 guidance_scale=cfg,
                 generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
-                output_type="pt" if tensors else "pil",
+                output_type="pt",
                 callback_on_step_end=pass_by_pass.after_step,
                 callback_on_step_end_tensor_inputs=[],
             ).images
+        self._refuse_nan(images, seeds)
+        processor = self.pipe.image_processor
+        return images if tensors else processor.numpy_to_pil(processor.pt_to_numpy(images))
+
+    def _refuse_nan(self, images: Tensor, seeds: Sequence[int]) -> None:
+        """A picture of NaNs would be written as a black one."""
+        finite = images.isfinite().flatten(1).all(dim=1).tolist()
+        broken = [str(seed) for seed, good in zip(seeds, finite, strict=True) if not good]
+        if broken:
+            dtype = str(self.pipe.unet.dtype).removeprefix("torch.")
+            raise DynFuseError(
+                f"seed {', '.join(broken)}: the picture is NaN, not colours, as numbers became too large for {dtype}; "
+                "try lower strengths, another seed, or --device cpu, which computes in float32"
+            )
 
     def _network(self, tag: LoraTag, enabled: bool) -> Network:
         return Network(find_lora(self.lora_dir, tag.name), tag.unet, tag.te, tag.role if enabled else None)

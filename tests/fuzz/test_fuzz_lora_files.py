@@ -193,11 +193,10 @@ def test_a_file_is_used_or_refused_and_the_model_is_as_it_was(pipe: Any, state: 
         path = Path(folder, "fox.safetensors")
         path.write_bytes(save({key: value.contiguous() for key, value in state.items()}))
         try:
-            adapters.use([Network(path, 1.0, 1.0, role)])
+            with adapters.applied([Network(path, 1.0, 1.0, role)]):
+                pass
         except DynFuseError as error:
             assert_said(str(error), 1200, begins="fox", without=folder)
-        finally:
-            adapters.clear()
     for line in said:
         assert_said(line, 1200)
     after = dict(pipe.unet.named_parameters())

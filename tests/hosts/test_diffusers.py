@@ -9,7 +9,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
 from diffusers import DiffusionPipeline
@@ -21,6 +20,7 @@ from tiny import WIDTH, Factors, in_layout, random_factors
 from lib_dynfuse.errors import DynFuseError
 from lib_dynfuse.hosts import adapters
 from lib_dynfuse.hosts.diffusers import Embedded
+from lib_dynfuse.hosts.lora_deltas import Unreadable
 from lib_dynfuse.hosts.lora_files import open_lora
 from lib_dynfuse.options import Options
 from lib_dynfuse.trace import Trace
@@ -76,9 +76,10 @@ def by_diffusers(folder: Path, *files: tuple[Path, float], cfg: float = 3.0) -> 
 
 
 def assert_untouched(host: Embedded) -> None:
-    for module in host.pipe.unet.modules():
-        assert not isinstance(module, BaseTunerLayer)
-        assert not module._forward_hooks
+    for model in (host.pipe.unet, host.pipe.text_encoder):
+        for module in model.modules():
+            assert not isinstance(module, BaseTunerLayer)
+            assert not module._forward_hooks
 
 
 def test_without_loras_the_picture_is_diffusers_own(host: Embedded, sd_folder: Path):
@@ -290,14 +291,14 @@ def test_a_dora_keeps_its_magnitudes(host: Embedded, sd_folder: Path, lora_dir: 
 def test_a_load_that_breaks_half_way_leaves_nothing_behind(
     host: Embedded, sd_folder: Path, lora_dir: Path, ink: Factors, role: str, monkeypatch: pytest.MonkeyPatch
 ):
-    def give_up(*_: Any, **__: Any) -> None:
-        raise ValueError("no more")
+    def give_up(*_: Any) -> None:
+        raise Unreadable("up", "is no more")
 
     save_file(in_layout("kohya", ink), lora_dir / f"breaks-{role}.safetensors")
     picture(host, "<lora:detail:1>")
     tags = f"<lora:detail:1><lora:breaks-{role}:1:role={role}>"
     with monkeypatch.context() as patch:
-        patch.setattr(peft, "set_peft_model_state_dict", give_up)
+        patch.setattr(adapters, "delta_at", give_up)
         with pytest.raises(DynFuseError, match=rf"breaks-{role}\.safetensors does not fit tiny-sd, .*no more"):
             picture(host, tags)
     assert_untouched(host)

@@ -8,11 +8,12 @@ STAMP = $(VENV)/.dynfuse-installed
 LOCKS = requirements/dev.txt requirements/torch.txt
 TORCH = $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' requirements/torch.txt)
 
-.PHONY: help demo test lint lock audit clean
+.PHONY: help demo test fuzz lint lock audit clean
 
 help:
 	@echo "make demo   fuse a subject and a style LoRA with the boxed model; pictures in out/demo"
 	@echo "make test   the tests"
+	@echo "make fuzz   the fuzz tests for FUZZ_SECONDS=1200, FUZZ_EXAMPLES=1000 a test in a round, from FUZZ_SEED on"
 	@echo "make lint   ruff and mypy"
 	@echo "make lock   the locks again, from the versions in pyproject.toml; needs uv"
 	@echo "make audit  known holes in what is locked; asks the package registry"
@@ -33,6 +34,11 @@ demo: $(STAMP)
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(PY) -m pytest
 
+# FUZZ_PY may be another interpreter, such as one with pydantic 1.
+FUZZ_PY ?= $(PY)
+fuzz: $(STAMP)
+	$(FUZZ_PY) tests/fuzz/campaign.py
+
 lint: $(STAMP)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
@@ -42,12 +48,12 @@ lint: $(STAMP)
 lock:
 	cat $(LOCKS) > requirements/both.txt
 	uv pip compile pyproject.toml --extra demo --extra test --universal --python-version 3.10 --generate-hashes \
-		--no-header --no-config --default-index https://pypi.org/simple --quiet --output-file requirements/both.txt
+		--no-header --quiet --output-file requirements/both.txt
 	awk '/^[a-z]/ { torch = /^(torch==|cuda-|nvidia-)/ } { print > (torch ? "requirements/torch.txt" : "requirements/dev.txt") }' \
 		requirements/both.txt
 	rm requirements/both.txt
-	echo 'pip-audit' | uv pip compile - --universal --python-version 3.10 --generate-hashes --no-header --no-config \
-		--default-index https://pypi.org/simple --quiet --output-file requirements/audit.txt
+	echo 'pip-audit' | uv pip compile - --universal --python-version 3.10 --generate-hashes --no-header \
+		--quiet --output-file requirements/audit.txt
 
 audit:
 	test -x $(VENV)-audit/bin/python || $(PYTHON) -m venv $(VENV)-audit

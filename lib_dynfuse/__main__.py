@@ -130,9 +130,13 @@ def train_demo(
 
 @app.command("export-demo")
 def export_demo(
-    out: Annotated[Path, typer.Argument(help="The folder to write to.")],
+    out: Annotated[Path, typer.Argument(help="The WebUI's folder, or its folder models.")],
 ) -> None:
-    """Write the model in the box as a checkpoint and LoRAs that a WebUI loads."""
+    """Write the model in the box as a checkpoint and LoRAs, where a WebUI looks for them.
+
+    AUTOMATIC1111 loads it, started in its own folder. Forge and its relatives know a model by its sizes and refuse one
+    that is so small; the LoRAs fit no other model.
+    """
     from lib_dynfuse.demo import export, model
 
     with one_clear_line():

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lib_dynfuse.errors import DynFuseError
-from lib_dynfuse.guidance.references import Cache, PictureError, Wanted, collect, find_preview, read_picture
+from lib_dynfuse.guidance.pictures import PictureError, PictureFile, open_picture
+from lib_dynfuse.guidance.references import Cache, Wanted, collect, find_preview
 from lib_dynfuse.guides import Guidance, prepare
 from lib_dynfuse.hosts.lora_files import find_lora
 from lib_dynfuse.options import Options
@@ -24,15 +25,24 @@ if TYPE_CHECKING:
     from lib_dynfuse.guidance.sources import Source
     from lib_dynfuse.hosts.diffusers import Embedded
 
+_GIVEN = {Role.SUBJECT: "subject_references", Role.STYLE: "style_references"}
 
-def check_given(options: Options) -> None:
-    """Raises DynFuseError for a given picture that cannot be read."""
+
+def open_given(options: Options) -> dict[str, list[PictureFile]]:
+    """The given pictures by their option's name, checked and not decoded yet; none where nothing is compared with them.
+
+    Raises DynFuseError for one that cannot be read.
+    """
+    given: dict[str, list[PictureFile]] = {name: [] for name in _GIVEN.values()}
     if options.compares:
         try:
-            for source in (*options.subject_references, *options.style_references):
-                read_picture(source)
+            for name, pictures in given.items():
+                pictures += [open_picture(source) for source in getattr(options, name)]
+                for one in pictures:
+                    one.check()
         except PictureError as error:
             raise DynFuseError(str(error)) from error
+    return given
 
 
 def guidance(
@@ -44,21 +54,26 @@ def guidance(
     source: Source,
     say: Callable[[str], None],
     progress: bool = True,
+    given: Mapping[str, Sequence[PictureFile]] | None = None,
 ) -> Guidance | None:
     """What nudges and scores the pictures of these seeds; None where the options want neither, or nothing is left.
 
     `model`: where the host's model came from; `settings`: what `Embedded.generate` is given; `source`: where encoders
-    may come from. May make pictures, with a bar where `progress` is wished. What is missing is said.
+    may come from; `given`: what `open_given` opened, where that was done already. May make pictures, with a bar where
+    `progress` is wished. What is missing is said. Raises DynFuseError for a given picture that cannot be read.
     """
     if not options.compares:
         return None
     text = parse_prompt(settings["prompt"])
+    opened = open_given(options) if given is None else given
 
     def references(role: Role) -> Pictures | Each | None:
-        given = options.subject_references if role is Role.SUBJECT else options.style_references
         tags = [tag for tag in text.tags if tag.role is role]
         alone = _Alone(host, model, role, text.tags, seeds, settings, progress) if tags else None
-        found, source = collect(options.references, given, _preview(host.lora_dir, tags), alone)
+        try:
+            found, source = collect(options.references, opened[_GIVEN[role]], _preview(host.lora_dir, tags), alone)
+        except PictureError as error:
+            raise DynFuseError(str(error)) from error
         if source:
             say(f"pictures of the {role.value} to compare with: {source}")
         return found
@@ -74,7 +89,7 @@ def _preview(folder: Path | None, tags: Sequence[LoraTag]) -> Path | None:
 
 
 class _Alone:
-    """Makes, or finds again, each seed's picture without the other role's LoRAs (METHOD.md, section 1)."""
+    """Makes, or finds again, each seed's picture without the other role's LoRAs (docs/method.md, section 1)."""
 
     def __init__(
         self,

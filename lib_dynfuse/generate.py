@@ -5,22 +5,24 @@ from __future__ import annotations
 import os
 import random
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import numpy as np
 import typer
 
-from lib_dynfuse.errors import DynFuseError
+from lib_dynfuse.core import Outcome, Role
+from lib_dynfuse.errors import DynFuseError, shown, writable
+from lib_dynfuse.guidance.pictures import PictureFile, fingerprints
 from lib_dynfuse.guidance.scores import as_text, best
 from lib_dynfuse.guidance.sources import Source
 from lib_dynfuse.infotext import infotext
 from lib_dynfuse.options import FIELDS, INFOTEXT_KEY, Options, OptionsError
-from lib_dynfuse.output import Batch, check_folder
-from lib_dynfuse.roles import parse_prompt
+from lib_dynfuse.output import Batch, check_folder, finish_killed
+from lib_dynfuse.roles import LoraTag, parse_prompt
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
     from lib_dynfuse.trace import Record
 
 SCORES_KEY = f"{INFOTEXT_KEY} scores"
+# Reference pictures by their option's name.
+Given = Mapping[str, Sequence[PictureFile]]
 
 _MODEL, _PICTURE, _RULE = "The model", "The picture", "How LoRAs are fused"
 _NUDGE = "Nudges towards reference pictures, and scores"
@@ -61,12 +65,25 @@ def one_clear_line() -> Iterator[None]:
     try:
         yield
     except DynFuseError as error:
-        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
-        raise typer.Exit(2) from error
+        _give_up(str(error), error)
+    except OSError as error:  # a full disk, no permission, a name that is too long
+        _give_up(_said_by_the_system(error), error)
+
+
+def _give_up(reason: str, error: Exception) -> NoReturn:
+    typer.echo(f"error: {writable(' '.join(reason.split()))}", err=True)
+    raise typer.Exit(2) from error
+
+
+def _said_by_the_system(error: OSError) -> str:
+    if not error.strerror:
+        return f"{type(error).__name__}: {error}"
+    named = isinstance(error.filename, str | os.PathLike)
+    return f"{shown(Path(error.filename).name)}: {error.strerror}" if named else error.strerror
 
 
 def say(line: str) -> None:
-    typer.echo(f"note: {line}", err=True)
+    typer.echo(f"note: {writable(line)}", err=True)
 
 
 def generate(
@@ -148,6 +165,7 @@ def generate(
     A picture depends on its own seed alone, however many are made at once.
     """
     with one_clear_line():
+        _check_letters({"--prompt": prompt, "--negative": negative})
         chosen = {
             "strategy": strategy,
             "balance": balance,
@@ -181,10 +199,11 @@ def generate(
             {"enabled": fuse, "trace": trace, "parameters": _assignments(parameters or []), **chosen}
         )
         first = random.SystemRandom().randrange(2**32 - batch) if seed < 0 else seed
+        given: Given = {}
         if options.compares:
-            from lib_dynfuse.compared import check_given
+            from lib_dynfuse.compared import open_given
 
-            check_given(options)
+            given = open_given(options)
         written = _generate(
             _open(model, lora_dir, prompt, out, device, config, download),
             model,
@@ -200,9 +219,10 @@ def generate(
                 "size": _size(size),
                 "sampler": sampler or None,
             },
+            given,
         )
     for path in written:
-        typer.echo(path)
+        typer.echo(writable(str(path)))
 
 
 def _open(
@@ -211,10 +231,14 @@ def _open(
     """The host, once all that can be checked without it is known to be right: opening a model takes a while."""
     tags = parse_prompt(prompt).tags
     check_folder(out)
+    for line in finish_killed(out):
+        say(line)
     quiet_libraries()
+    from lib_dynfuse.hosts.devices import check_device
     from lib_dynfuse.hosts.diffusers import Embedded
     from lib_dynfuse.hosts.lora_files import find_lora, open_lora
 
+    check_device(device)
     for tag in tags:
         open_lora(find_lora(lora_dir, tag.name))
     return Embedded.load(model, lora_dir, device or None, config=config, say=say, download=download)
@@ -239,6 +263,7 @@ def _generate(
     out: Path,
     seeds: Sequence[int],
     settings: dict[str, Any],
+    given: Given,
 ) -> list[Path]:
     import torch
 
@@ -248,14 +273,17 @@ def _generate(
     if fused:
         for name in options.unused():
             say(f"the rule {options.strategy} has no {name}: it changes nothing")
-    trace = Trace(passes=settings["steps"], tokens=options.strategy == "kl-token") if fused and options.trace else None
+    chooses = fused and options.make_strategy().outcome is not Outcome.NOTHING
+    trace = (
+        Trace(passes=settings["steps"], tokens=options.strategy == "kl-token") if chooses and options.trace else None
+    )
     try:
-        guidance, guide = _guide(host, model, source, options, seeds, settings)
+        guidance, guide = _guide(host, model, source, options, seeds, settings, given)
         images = host.generate(options=options, seeds=seeds, trace=trace, guide=guide, progress=True, **settings)
         scores = guidance.scores(_tensors(images), range(len(images))) if guidance is not None else []
     except torch.cuda.OutOfMemoryError as error:
         raise DynFuseError("the device has not enough memory; a smaller --size or --batch needs less") from error
-    record = _record(trace, guide, options)
+    record = _record(trace, guide, options, parse_prompt(settings["prompt"]).tags)
     width, height = settings["size"] or host.default_size
     kept = best(scores, options.keep_best) if scores else list(range(len(images)))
     with Batch(out, [seeds[index] for index in kept]) as files:
@@ -266,35 +294,49 @@ def _generate(
                 "CFG scale": f"{settings['cfg']:g}",
                 "Seed": seeds[index],
                 "Size": f"{width}x{height}",
-                "Model": host.name,
-                **_described(options, fused, guidance is not None),
+                "Model": writable(host.name),
+                **_described(options, fused, guidance is not None, given),
                 SCORES_KEY: as_text(scores[index]) if scores else None,
             }
             files.picture(place, images[index], infotext(settings["prompt"], settings["negative"], values))
         if record is not None and (record.layers or record.nudges):
             _add_trace(files, record, images, kept)
-        return files.keep()
+        written = files.keep()
+        shares = record.shares() if record is not None else {}
+        for place, index in enumerate(kept):
+            if record is not None and index in shares:
+                say(f"picture {files.stem(place)}: {record.in_words(shares[index])}")
+        return written
 
 
 def _guide(
-    host: Any, model: Path, source: Source, options: Options, seeds: Sequence[int], settings: dict[str, Any]
+    host: Any,
+    model: Path,
+    source: Source,
+    options: Options,
+    seeds: Sequence[int],
+    settings: dict[str, Any],
+    given: Given,
 ) -> tuple[Guidance | None, Guide | None]:
     """What scores the pictures, and what nudges them; nothing is loaded where neither is wanted."""
     if not options.compares:
         return None, None
     from lib_dynfuse import compared
 
-    guidance = compared.guidance(host, model, options, seeds, settings, source, say)
+    guidance = compared.guidance(host, model, options, seeds, settings, source, say, given=given)
     if guidance is None or guidance.nudge is None:
         return guidance, None
     return guidance, guidance.guide(range(len(seeds)), seeds, host.decoder(options.nudge_decoder, source))
 
 
-def _record(trace: Any, guide: Guide | None, options: Options) -> Record | None:
+def _record(trace: Any, guide: Guide | None, options: Options, tags: Sequence[LoraTag]) -> Record | None:
     """What was chosen and how R fell; why nudges were left out is said."""
     from lib_dynfuse.trace import Record
 
     record: Record | None = trace.read() if trace is not None else None
+    if record is not None:
+        record.weighed = options.make_strategy().outcome is Outcome.WEIGHED
+        record.names = {role.value: [tag.name for tag in tags if tag.role is role and tag.unet] for role in Role}
     if guide is None:
         return record
     for reason in guide.reasons():
@@ -306,11 +348,12 @@ def _record(trace: Any, guide: Guide | None, options: Options) -> Record | None:
     return record
 
 
-def _described(options: Options, fused: bool, compared: bool) -> dict[str, str]:
+def _described(options: Options, fused: bool, compared: bool, given: Given) -> dict[str, str]:
     """The options for a picture's infotext. Where nothing was fused but guidance was at work, the LoRAs were added."""
-    if fused or not compared:
-        return options.infotext() if fused else {}
-    return Options(**{**vars(options), "enabled": True, "strategy": "sum", "parameters": {}}).infotext()
+    if not (fused or compared):
+        return {}
+    written = options if fused else Options(**{**vars(options), "enabled": True, "strategy": "sum", "parameters": {}})
+    return written.infotext({name: fingerprints(pictures) for name, pictures in given.items()})
 
 
 def _tensors(images: Sequence[Any]) -> Tensor:
@@ -325,15 +368,11 @@ def _add_trace(files: Batch, record: Record, images: Sequence[Any], kept: Sequen
     """What was chosen, as numbers and as a heat map; where, too, for a rule that decides place by place."""
     from lib_dynfuse.trace.pictures import heat_map, overlay, save
 
-    files.file(f"{files.stem(0)}-trace.json", record.to_json)
-    shares = record.shares()
+    files.file(0, "-trace.json", record.to_json)
     for place, index in enumerate(kept):
-        stem = files.stem(place)
-        files.file(f"{stem}-chosen.png", partial(save, heat_map(record, index)))
+        files.file(place, "-chosen.png", partial(save, heat_map(record, index)))
         if record.tokens:
-            files.file(f"{stem}-where.png", partial(save, overlay(record, index, np.asarray(images[index]))))
-        if index in shares:
-            say(f"picture {stem}: subject {shares[index]['subject']:.0%}, style {shares[index]['style']:.0%}")
+            files.file(place, "-where.png", partial(save, overlay(record, index, np.asarray(images[index]))))
 
 
 def _assignments(texts: Sequence[str]) -> dict[str, Any]:
@@ -345,7 +384,7 @@ def _weights(texts: Sequence[str]) -> dict[str, Any]:
     """`--weight clip_style=2`."""
     found = dict(assignment(text, "--weight") for text in texts)
     if unknown := [name for name in found if name not in TERMS]:
-        raise OptionsError(f"--weight {unknown[0]}: unknown; there are: {', '.join(TERMS)}")
+        raise OptionsError(f"--weight {shown(unknown[0])}: unknown; there are: {', '.join(TERMS)}")
     return {f"weight_{name}": value for name, value in found.items()}
 
 
@@ -353,14 +392,23 @@ def assignment(text: str, where: str) -> tuple[str, Any]:
     """`name=value`, the value as a number or a switch where it is one. Raises OptionsError that begins with `where`."""
     name, equals, value = (part.strip() for part in text.partition("="))
     if not name or not equals or not value:
-        raise OptionsError(f"{where} {text}: write NAME=VALUE, as in softness=0.5")
+        raise OptionsError(f"{where} {shown(text)}: write NAME=VALUE, as in softness=0.5")
     if value.lower() in ("true", "on", "false", "off"):
         return name, value.lower() in ("true", "on")
-    try:
-        number = float(value)
-    except ValueError:
-        return name, value
-    return name, int(number) if re.fullmatch(r"[+-]?\d+", value) else number
+    for kind in (int, float):
+        try:
+            return name, kind(value)
+        except ValueError:
+            continue
+    return name, value
+
+
+def _check_letters(texts: Mapping[str, str]) -> None:
+    """Raises DynFuseError for half a surrogate pair, which no picture's text and no tokenizer can take."""
+    for option, text in texts.items():
+        wrong = next((number for number, letter in enumerate(text, 1) if "\ud800" <= letter <= "\udfff"), None)
+        if wrong is not None:
+            raise DynFuseError(f"{option}: letter {wrong} is half a surrogate pair, not a letter; is it UTF-8?")
 
 
 def _size(text: str) -> tuple[int, int] | None:
@@ -368,5 +416,5 @@ def _size(text: str) -> tuple[int, int] | None:
         return None
     match = re.fullmatch(r"\s*(\d{1,5})\s*(?:[xX×]\s*(\d{1,5})\s*)?", text)
     if match is None:
-        raise DynFuseError(f"--size {text}: write WIDTHxHEIGHT, as in 512x768")
+        raise DynFuseError(f"--size {shown(text)}: write WIDTHxHEIGHT, as in 512x768")
     return int(match[1]), int(match[2] or match[1])

@@ -8,8 +8,8 @@ from __future__ import annotations
 import difflib
 import inspect
 import json
-import reprlib
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin
 
@@ -17,9 +17,8 @@ from pydantic import BaseModel, Field, ValidationError
 
 from lib_dynfuse import __version__
 from lib_dynfuse.core.rules import Strategy
-from lib_dynfuse.core.strategies import Parameter, strategies, strategy
-from lib_dynfuse.errors import DynFuseError
-from lib_dynfuse.fingerprint import fingerprint
+from lib_dynfuse.core.strategies import Parameter, StrategyInfo, strategies, strategy
+from lib_dynfuse.errors import MOST_SHOWN, DynFuseError, quoted, shown, writable
 
 INFOTEXT_KEY = "DynFuse"
 # What tests/bench/NOTES.md speaks for, with the two switches and the sampled tokens below.
@@ -44,6 +43,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 NOT_IN_INFOTEXT = ("enabled", "score", "keep_best", "trace")
 # The first and the last step of something, as shares of all steps.
 WINDOWS = (("start", "stop"), ("nudge_start", "nudge_stop"))
+# Of many wrong options in one answer.
+_MOST_WRONG = 8
 _DIVERGENCE = {parameter.name: parameter for parameter in strategies()[DEFAULT_STRATEGY].parameters}
 
 
@@ -204,11 +205,11 @@ class Options(BaseModel, extra="forbid"):
         """Options from outside. Raises OptionsError that names every wrong field and what is allowed there."""
         changed = [said for option in FIELDS if (said := _would_change(option, values.get(option.name)))]
         if changed:
-            raise OptionsError("; ".join(changed))
+            raise OptionsError(_together(changed))
         try:
             options = cls(**values)
         except ValidationError as error:
-            raise OptionsError("; ".join(_sentence(one) for one in error.errors())) from error
+            raise OptionsError(_together([_sentence(one) for one in error.errors()])) from error
         options.make_strategy()
         for start, stop in WINDOWS:
             first, last = getattr(options, start), getattr(options, stop)
@@ -234,7 +235,13 @@ class Options(BaseModel, extra="forbid"):
         if doubled:
             raise OptionsError(f"parameters: {doubled[0]} is an option of its own; set it there")
         info = strategies().get(self.strategy)
-        shared = {} if info is None else {name: getattr(self, name) for name in _applying(self.strategy)}
+        if info is None:
+            raise OptionsError(
+                f"strategy: {quoted(self.strategy)} is not known{_hint(self.strategy, strategies(), repr)}; "
+                f"there are: {', '.join(strategies())}"
+            )
+        _check_own(info, self.parameters)
+        shared = {name: getattr(self, name) for name in _applying(self.strategy)}
         try:
             return strategy(self.strategy, **shared, **self.parameters)
         except ValueError as error:
@@ -248,11 +255,11 @@ class Options(BaseModel, extra="forbid"):
             name for name in _shared_names() if name not in applying and getattr(self, name) != getattr(defaults, name)
         ]
 
-    def infotext(self) -> dict[str, str]:
+    def infotext(self, fingerprints: Mapping[str, str] | None = None) -> dict[str, str]:
         """Infotext keys and values: the version, the rule, and whatever is not at its default; nothing when off.
 
-        Options of guidance are written where they matter; reference pictures as their number and the beginning of
-        each one's sha256.
+        Options of guidance are written where they matter; reference pictures as their number and, where `fingerprints`
+        has it by the option's name, what tells them from others. No picture is opened for it.
         """
         if not self.enabled:
             return {}
@@ -263,7 +270,8 @@ class Options(BaseModel, extra="forbid"):
             if option.name in NOT_IN_INFOTEXT or not self.matters(option.name):
                 continue
             if option.name == "strategy" or value != getattr(defaults, option.name):
-                written[option.key] = _file_name(value) if option.name in _OF_FILES else _written(value)
+                own = (fingerprints or {}).get(option.name, "")
+                written[option.key] = _file_name(value) if option.name in _OF_FILES else _written(value, own)
         return written
 
 
@@ -277,9 +285,9 @@ def _file_name(name: str) -> str:
     return f"{architecture}{colon}{path if relative else parts[-1]}"
 
 
-def _written(value: Any) -> str:
+def _written(value: Any, fingerprints: str) -> str:
     if isinstance(value, list):
-        return " ".join([f"{len(value)} picture{'s' if len(value) > 1 else ''}", *(fingerprint(one) for one in value)])
+        return f"{len(value)} picture{'s' if len(value) > 1 else ''} {fingerprints}".strip()
     return json.dumps(value, sort_keys=True) if isinstance(value, dict) else str(value)
 
 
@@ -311,7 +319,9 @@ class Option:
         if isinstance(self.default, dict):
             return "see the rules"
         return (
-            "a list of paths, base64 or data URLs" if isinstance(self.default, list) else "a name, a folder or a file"
+            "a list of base64 or data URLs, and of paths where these are allowed"
+            if isinstance(self.default, list)
+            else "a name, a folder or a file"
         )
 
 
@@ -332,6 +342,10 @@ def _option(name: str, info: Any, kind: Any) -> Option:
 
 
 FIELDS: tuple[Option, ...] = _read_fields()
+# Options that say how LoRAs are fused.
+OF_FUSION = tuple(
+    option.name for option in FIELDS if option.name in ("strategy", "start", "stop", "parameters", *_DIVERGENCE)
+)
 # Options that may be the path of a file, on the command line.
 _OF_FILES = ("clip", "dino")
 # Options of guidance that say what pictures are compared with, and how.
@@ -353,16 +367,55 @@ def _applying(name: str) -> list[str]:
 
 
 def _would_change(option: Option, value: Any) -> str:
-    """What to say of a value that pydantic takes for another: 1 cuts 64.5 to a whole 64, both take true for 1."""
+    """What to say of a value that pydantic takes for another, or stumbles over.
+
+    1 cuts 64.5 to a whole 64 and both take true for 1; 1 has no float for an integer of 400 digits, and takes half a
+    surrogate pair, which no file can hold.
+    """
     if isinstance(option.default, list) and isinstance(value, list):
         other = [one for one in value if not (isinstance(one, str) and one.strip())]
-        return f"{option.name}: {reprlib.repr(other[0])} is no picture; allowed: {option.allowed}" if other else ""
-    if option.minimum is None:
+        return f"{option.name}: {quoted(other[0])} is no picture; allowed: {option.allowed}" if other else ""
+    if isinstance(value, str) and writable(value) != value:
+        return f"{option.name}: {quoted(value)} has half a surrogate pair; allowed: {option.allowed}"
+    if option.minimum is None or option.maximum is None or not isinstance(value, (bool, int, float)):
         return ""
     whole = isinstance(option.default, int)
-    if not isinstance(value, bool) and not (whole and isinstance(value, float) and not value.is_integer()):
+    if isinstance(value, bool) or (whole and isinstance(value, float) and not value.is_integer()):
+        wrong = f"is not a {'whole ' if whole else ''}number"
+    elif not option.minimum <= value <= option.maximum:
+        wrong = "is out of its range"
+    else:
         return ""
-    return f"{option.name}: {value!r} is not a {'whole ' if whole else ''}number; allowed: {option.allowed}"
+    return f"{option.name}: {quoted(value)} {wrong}; allowed: {option.allowed}"
+
+
+def _check_own(info: StrategyInfo, parameters: Mapping[str, Any]) -> None:
+    """Raises OptionsError for a parameter that the rule has not, and for a value that is no switch, number or text."""
+    known = {parameter.name: parameter for parameter in info.parameters}
+    own = [name for name in known if name not in _shared_names()]
+    for name, value in parameters.items():
+        if name not in known:
+            raise OptionsError(
+                f"parameters: the rule {info.name!r} has no {quoted(name)}{_hint(name, known, repr)}; "
+                f"its own are: {', '.join(own) or 'none'}"
+            )
+        if not _is_plain(value):
+            raise OptionsError(f"parameters: {name}: {quoted(value)} is no switch, number or short text")
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value is what a rule's parameter may be, and can be written into a message as it is."""
+    if isinstance(value, str):
+        return len(value) <= MOST_SHOWN
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return isinstance(value, int) and abs(value) < 2**63
+
+
+def _hint(name: str, known: Iterable[str], write: Callable[[str], str] = str) -> str:
+    """ " (did you mean balance?)", or nothing where no known name is near."""
+    near = difflib.get_close_matches(name[:MOST_SHOWN], list(known), n=1)
+    return f" (did you mean {write(near[0])}?)" if near else ""
 
 
 def _sentence(error: Any) -> str:
@@ -370,18 +423,21 @@ def _sentence(error: Any) -> str:
     option = next((option for option in FIELDS if option.name == name), None)
     if option is None:
         names = [option.name for option in FIELDS]
-        close = difflib.get_close_matches(name, names, n=1)
-        hint = f" (did you mean {close[0]}?)" if close else ""
-        return f"{name}: unknown option{hint}; there are: {', '.join(names)}"
-    return f"{name}: {error['msg'][:1].lower()}{error['msg'][1:]}; allowed: {option.allowed}"
+        return f"{shown(name)}: unknown option{_hint(name, names)}; there are: {', '.join(names)}"
+    return f"{name}: {shown(error['msg'][:1].lower() + error['msg'][1:])}; allowed: {option.allowed}"
+
+
+def _together(sentences: Sequence[str]) -> str:
+    more = len(sentences) - _MOST_WRONG
+    return "; ".join([*sentences[:_MOST_WRONG], *([f"and {more} more"] if more > 0 else [])])
 
 
 def with_preset(values: Mapping[str, Any]) -> dict[str, Any]:
     """`values` on top of the preset that they may name as "preset". Raises OptionsError for one that is not there."""
     chosen = dict(values)
     name = chosen.pop("preset", "default")
-    if name not in PRESETS:
-        raise OptionsError(f"preset: {name!r} is not known; there are: {', '.join(PRESETS)}")
+    if not isinstance(name, str) or name not in PRESETS:
+        raise OptionsError(f"preset: {quoted(name)} is not known; there are: {', '.join(PRESETS)}")
     return {**PRESETS[name], **chosen}
 
 

@@ -68,30 +68,29 @@ def _score(
         raise DynFuseError(f"--json {json_file}: there is no such folder to write a file to")
 
     from lib_dynfuse.guidance.objectives import Objective
-    from lib_dynfuse.guidance.references import PictureError, read_picture
+    from lib_dynfuse.guidance.pictures import PictureError, open_picture, read_picture
     from lib_dynfuse.guidance.scores import harmonic_mean, harmonic_terms
 
     try:
-        for path in (*subject, *style, *images):
-            read_picture(path)
+        for path in images:
+            open_picture(path).check()
+        subjects, styles = ([read_picture(path) for path in paths] for paths in (subject, style))
     except PictureError as error:
         raise DynFuseError(str(error)) from error
 
     clip_encoder, dino_encoder = _encoders(clip, dino if subject or style else _NONE, source, device)
     try:
-        objective = Objective(
-            clip_encoder,
-            dino_encoder,
-            [read_picture(path) for path in subject],
-            [read_picture(path) for path in style],
-            [prompt] if prompt else None,
-        )
+        objective = Objective(clip_encoder, dino_encoder, subjects, styles, [prompt] if prompt else None)
     except ValueError as error:
         raise DynFuseError(str(error)) from error
     rows: list[dict[str, Any]] = []
-    for path in images:
-        values = {name: float(value[0]) for name, value in objective.scores(read_picture(path)).items()}
-        rows.append({"picture": str(path), **values, "harmonic_mean": harmonic_mean(values)})
+    try:
+        for path in images:
+            # At its full size, as a picture is scored when it is made.
+            values = {name: float(value[0]) for name, value in objective.scores(read_picture(path, None)).items()}
+            rows.append({"picture": str(path), **values, "harmonic_mean": harmonic_mean(values)})
+    except PictureError as error:
+        raise DynFuseError(str(error)) from error
     return {
         "clip": clip_encoder.name if clip_encoder else None,
         "dino": dino_encoder.name if dino_encoder else None,
@@ -104,12 +103,10 @@ def _encoders(clip: str, dino: str, source: Source, device: str) -> tuple[ClipEn
     import torch
 
     from lib_dynfuse.guidance.encoders import EncoderError, load_clip, load_dino
+    from lib_dynfuse.hosts.devices import check_device
 
+    check_device(device)
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(0, device=where)
-    except (RuntimeError, AssertionError) as error:
-        raise DynFuseError(f"--device {device}: there is no such device here") from error
     try:
         with _quiet_libraries(dino):
             return (

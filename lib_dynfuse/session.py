@@ -5,33 +5,30 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
 from lib_dynfuse.core.delta import Delta
 from lib_dynfuse.core.fusion import Fusion
+from lib_dynfuse.core.rules import Outcome
 from lib_dynfuse.core.types import Role, Row
-from lib_dynfuse.errors import DynFuseError
+from lib_dynfuse.errors import DynFuseError, shown
 from lib_dynfuse.guidance.guide import Guide
 from lib_dynfuse.hosts.base import Host, Layers, Place, Tag, Unsupported
+from lib_dynfuse.hosts.layer_reports import LayerReports, may_be_tiled
 from lib_dynfuse.options import Options
 from lib_dynfuse.trace import Record, Trace
 
 _log = logging.getLogger("lib_dynfuse")
 _open: list[Session] = []
-_last: Record | None = None
 
 
 def close_all() -> None:
     """Close whatever an interrupted generation left behind."""
     while _open:
         _open[-1].close()
-
-
-def last_record() -> Record | None:
-    """What was chosen in the last batch of pictures that was fused; None before the first."""
-    return _last
 
 
 class Session:
@@ -48,9 +45,17 @@ class Session:
         self._say = say
         self._said: set[str] = set()
         self._strategy = options.make_strategy()
+        self.fused = False
+        """Whether a rule decides, or has decided, on a layer of this batch of pictures."""
+        self.roles: dict[Role, list[str]] = {}
+        """The LoRAs of either role, with their strengths, as the prompt has them that was read last."""
         self._active = False
         self._fusion: Fusion | None = None
+        self._reports = LayerReports(self.tell, always_both=options.strategy == "sum")
+        self._steps = 0  # that were begun with this fusion
+        self._unreachable = ""  # why no layer could be fused, once that is known
         self._trace: Trace | None = None
+        self._names: dict[Role, list[str]] = {}  # of the LoRAs that play
         self._first_step = 0  # of this sampling, in the trace: a hires pass counts on
         self._last_step = -1
         self._at_last_step = False
@@ -70,7 +75,7 @@ class Session:
         self._active = False
         self._list()
         try:
-            tags = self.host.read_tags(networks)
+            tags = self._playing(self.host.read_tags(networks))
             if self._worth_taking(tags):
                 for line in self.host.take(tags):
                     self.tell(line)
@@ -86,8 +91,16 @@ class Session:
             # A refiner takes over in the middle of a sampling, which no call announces; otherwise `attach` comes again.
             self._install()
 
+    def _playing(self, tags: Sequence[Tag]) -> list[Tag]:
+        """The tags, those of strength 0 without their role: the host adds nothing of them, and neither do we."""
+        for tag in tags:
+            if tag.role is not None and tag.unet == 0.0:
+                self.tell(f"{tag.name} has the strength 0: it counts as if it had no role={tag.role.value}")
+        return [replace(tag, role=None) if tag.unet == 0.0 else tag for tag in tags]
+
     def _worth_taking(self, tags: Sequence[Tag]) -> bool:
         names = {role: [str(tag) for tag in tags if tag.role is role] for role in Role}
+        self._names = {role: [tag.name for tag in tags if tag.role is role] for role in Role}
         if not any(names.values()):
             if tags:
                 self.tell("no LoRA has a role, so all are added as always; give one role=subject and one role=style")
@@ -96,8 +109,12 @@ class Session:
             return False
         for role, other in ((Role.SUBJECT, Role.STYLE), (Role.STYLE, Role.SUBJECT)):
             if not names[other]:
-                listed = ", ".join(names[role])
-                self.tell(f"no LoRA has role={other.value}: nothing to choose from, {listed} is applied as it is")
+                are = "is applied as it is" if len(names[role]) == 1 else "are applied as they are"
+                self.tell(f"no LoRA has role={other.value}: nothing to choose from, {_listed(names[role])} {are}")
+        self.roles = names
+        plain = {tag.name for tag in tags if tag.role is None}
+        for name in dict.fromkeys(tag.name for tag in tags if tag.role is not None and tag.name in plain):
+            self.tell(f"{shown(name)} is in the prompt with a role and without one: write one tag for it")
         return True
 
     def _list(self) -> None:
@@ -129,13 +146,23 @@ class Session:
             self._begin_guiding(self._guide)
         if not self._active:
             return
+        if self._unreachable:
+            self._give_up(self._unreachable)
+            return
         try:
             layers = self._fitting(self.host.layers())
             self._tell_what_is_apart(layers)
-            window = (self.options.start, self.options.stop)
-            fusion = Fusion(layers, self._strategy, self._trace, window=window)
+            fusion = Fusion(
+                layers,
+                self._strategy,
+                None if self._strategy.outcome is Outcome.NOTHING else self._trace,
+                window=(self.options.start, self.options.stop),
+                tiled=may_be_tiled,
+                failed=self._reports.failed,
+            )
             self._attached.callback(self.host.watch(self._before_unet))
             self._fusion = self._attached.enter_context(fusion)
+            self.fused = self.fused or bool(fusion.names)
         except (DynFuseError, Unsupported) as error:
             self._give_up(str(error))
         except Exception as error:
@@ -188,6 +215,7 @@ class Session:
     def step(self, params: Any) -> None:
         """The host is about to call the UNet for one denoising step."""
         self._to_nudge = None
+        self._look_back()
         if self._fusion is None and self._guide is None:
             return
         place: Place = self.host.place(params)
@@ -195,6 +223,7 @@ class Session:
         self._last_step = max(self._last_step, step)
         self._at_last_step = place.step >= place.total - 1
         if self._fusion is not None:
+            self._steps += 1
             self._fusion.step = step
             self._fusion.progress = min(1.0, place.step / (place.total - 1)) if place.total > 1 else 0.0
         if self._trace is not None:
@@ -209,6 +238,17 @@ class Session:
             except Exception as error:
                 _log.exception("a nudge could not be prepared")
                 self._stop_nudging(error)
+
+    def _look_back(self) -> None:
+        """After the first step of a sampling: whether the layers were called at all.
+
+        The host cannot go back to its own merge in mid-sampling, so what was not fused lacks the LoRAs and is said to.
+        """
+        if self._fusion is None or self._steps != 1:
+            return
+        self._unreachable = self._reports.unreached(self._fusion)
+        if self._unreachable:
+            self.tell(f"not fused, and without the LoRAs that have a role: {self._unreachable}")
 
     @property
     def nudges(self) -> bool:
@@ -232,32 +272,39 @@ class Session:
             self._stop_nudging(error)
 
     def _before_unet(self, rows: Sequence[Row] | None) -> None:
-        if self._fusion is not None:
-            self._fusion.paused = rows is None
-            self._fusion.rows = rows or ()
+        if self._fusion is None:
+            return
+        self._fusion.paused = rows is None
+        self._fusion.adds_both = rows is not None and not rows
+        self._fusion.rows = rows or ()
+        if self._fusion.adds_both and self._fusion.names:
+            self._reports.unknown_batch()
 
     def finish_batch(self) -> Record | None:
         """The pictures of a batch are sampled: give everything back. Returns what was chosen and how the nudges went,
         None where there is nothing of either."""
-        global _last
+        self._look_back()
         trace, guide = self._trace, self._guide
         self.close()
         if trace is None:
             return None
         record = trace.read()
+        if not record.passes:
+            record = Record([], [], record.values[:, :0])
+        record.weighed = self._strategy.outcome is Outcome.WEIGHED
+        record.names = {role.value: names for role, names in self._names.items()}
         if guide is not None:
             record.nudges = guide.curve()
             for reason in guide.reasons():
                 self.tell(reason)
         if not record.layers and not record.nudges:
             return None
-        _last = record
         return record
 
     def close(self) -> None:
         """Everything is as it was before; safe to call again, and a session may be used again after it."""
         self._detach()
-        self._active = False
+        self._active = self.fused = False
         self._trace = self._guide = self._to_nudge = None
         self._first_step, self._last_step = 0, -1
         self.host.give_back()
@@ -265,7 +312,14 @@ class Session:
 
     def _detach(self) -> None:
         self._fusion = None
+        self._steps = 0
         self._attached.close()
+
+
+def _listed(names: Sequence[str]) -> str:
+    """ "fox 1", "fox 1 and ink 0.9", "fox 1, ink 0.9 and dots 1"."""
+    *first, last = names
+    return shown(f"{', '.join(first)} and {last}" if first else last)
 
 
 def _misfit(module: nn.Module, delta: Delta) -> str:

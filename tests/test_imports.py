@@ -19,8 +19,7 @@ BELOW: dict[str, set[str]] = {
     "trace": set(),
     "roles": {"core", "errors"},
     "errors": set(),
-    "fingerprint": set(),
-    "options": {"core", "errors", "fingerprint", "roles"},
+    "options": {"core", "errors", "roles"},
     "infotext": {"core", "errors", "options", "roles"},
     "hosts": {"core", "errors", "guidance", "options", "roles", "infotext"},
     "guides": {"core", "errors", "guidance", "options", "roles"},
@@ -33,7 +32,6 @@ PACKAGES: dict[str, set[str]] = {
     "trace": {"torch", "numpy", "matplotlib", "PIL"},
     "roles": set(),
     "errors": set(),
-    "fingerprint": set(),
     "options": {"pydantic"},
     "infotext": set(),
 }

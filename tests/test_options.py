@@ -1,14 +1,13 @@
 from __future__ import annotations
 
-import base64
-import hashlib
 import json
-import re
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,10 +15,38 @@ from lib_dynfuse import __version__
 from lib_dynfuse.core.strategies import strategies, strategy
 from lib_dynfuse.guidance.nudge import MODES, Nudge
 from lib_dynfuse.guidance.objectives import TERMS, Weights
-from lib_dynfuse.guidance.references import SOURCES
 from lib_dynfuse.options import FIELDS, PRESETS, Options, OptionsError, options_table, rules_table, with_preset
 
 NUMBERS = [option for option in FIELDS if option.minimum is not None]
+
+
+def nested(depth: int) -> list[Any]:
+    value: list[Any] = []
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+# Values that break something on their way: no float, no repr, no UTF-8, no hash, no end.
+HOSTILE = [
+    10**400,
+    -(10**400),
+    10**4299,
+    "9" * 5000,
+    "1e999",
+    float("inf"),
+    float("nan"),
+    "\ud800",
+    "x" * 100_000,
+    nested(900),
+    {"a": nested(900)},
+    [10**400],
+    [],
+    {},
+    [["a", 1]],
+    None,
+    True,
+]
 
 
 def test_defaults_are_what_was_measured_to_be_best_and_switched_off():
@@ -89,7 +116,7 @@ def test_a_number_is_taken_inside_its_range_and_refused_with_the_range_outside(o
         ({"nudge_strength": 2.5, "nudge_every": 0}, ["nudge_strength", "0 to 2", "nudge_every", "1 to 100"]),
         ({"weight_clip_text": -1}, ["weight_clip_text", "0 to 10"]),
         ({"clip": ""}, ["clip", "a name, a folder or a file"]),
-        ({"subject_references": "fox.png"}, ["subject_references", "a list of paths, base64 or data URLs"]),
+        ({"subject_references": "fox.png"}, ["subject_references", "a list of base64 or data URLs, and of paths"]),
         ({"subject_references": ["fox.png", 3]}, ["subject_references", "3 is no picture"]),
         ({"style_references": [" "]}, ["style_references", "' ' is no picture"]),
         ({"subject_references": [{"data": "A" * 5000}]}, ["subject_references", "is no picture"]),
@@ -144,29 +171,36 @@ def test_a_nudges_window_is_not_judged_while_there_are_no_nudges():
     assert Options.read({"nudge_start": 0.8, "nudge_stop": 0.7}).nudge_start == 0.8
 
 
-def test_reference_pictures_are_written_as_their_number_and_what_is_in_them(tmp_path: Path):
-    content = bytes(range(256))
-    file = tmp_path / "fox.png"
-    file.write_bytes(content)
-    text = base64.b64encode(content).decode()
-    name = hashlib.sha256(content).hexdigest()[:10]
-    given = [str(file), text, f"data:image/png;base64,{text}", f" {text[:100]}\n{text[100:]}"]
-    options = Options.read({"enabled": True, "nudge": True, "subject_references": given, "style_references": [text]})
-    written = options.infotext()
-    assert written["DynFuse subject references"] == " ".join(["4 pictures", name, name, name, name])
-    assert written["DynFuse style references"] == f"1 picture {name}"
+def test_reference_pictures_are_written_as_their_number_and_what_tells_them_from_others():
+    options = Options.read(
+        {"enabled": True, "nudge": True, "subject_references": ["a", "b"], "style_references": ["/etc/passwd"]}
+    )
+    written = options.infotext({"subject_references": "0123456789 abcdef0123"})
+    assert written["DynFuse subject references"] == "2 pictures 0123456789 abcdef0123"
+    assert written["DynFuse style references"] == "1 picture"
 
 
-@pytest.mark.parametrize("source", ["no/such/file.png", "data:,", "\0", "~" * 100_000])
-def test_what_is_no_picture_has_a_name_in_the_infotext_too(source: str):
-    (shown,) = {Options(enabled=True, score=True, style_references=[source]).infotext()["DynFuse style references"]}
-    assert re.fullmatch("1 picture [0-9a-f]{10}", shown)
+@pytest.mark.parametrize(
+    "rule", [info.name for info in strategies().values() if any(one.name == "balance" for one in info.parameters)]
+)
+def test_the_sliders_help_is_true_for_every_rule_that_has_it(rule: str):
+    """At its ends one role wins every layer; that the other one is left with nothing may be said of no rule alone."""
+    rule_at_work: Any = strategy(rule)
+    (subject, left_of_style), (left_of_subject, style) = (
+        [float(weight) for weight in rule_at_work.choose(torch.tensor([margin]))] for margin in (math.inf, -math.inf)
+    )
+    assert subject > left_of_subject
+    assert style > left_of_style
+    said = next(option.help for option in FIELDS if option.name == "balance")
+    assert "win every layer" in said
+    if left_of_style or left_of_subject:
+        assert "gives" not in said
+        assert "the rule says what the loser keeps" in said
 
 
 def test_choices_are_what_guidance_knows():
     choices = {option.name: option.choices for option in FIELDS if option.choices}
     assert choices["nudge_mode"] == tuple(sorted(MODES, key=choices["nudge_mode"].index))
-    assert choices["references"] == SOURCES
     terms = [option.name.removeprefix("weight_") for option in FIELDS if option.name.startswith("weight_")]
     assert tuple(terms) == TERMS
 
@@ -206,6 +240,47 @@ def test_options_survive_json():
 def test_the_readme_has_exactly_this_table(table: str):
     readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
     assert f"\n\n{table}\n\n" in readme
+
+
+def answer(values: dict[str, Any]) -> str:
+    """What is said of values, empty where they are taken."""
+    try:
+        Options.read(with_preset(values))
+    except OptionsError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("name", ["preset", *(option.name for option in FIELDS)])
+@pytest.mark.parametrize("index", range(len(HOSTILE)))
+def test_no_value_is_worse_than_refused_and_little_of_it_is_echoed(name: str, index: int):
+    said = answer({name: HOSTILE[index]})
+    assert len(said.encode()) < 1000
+    if said:
+        assert said.startswith(name)
+
+
+@pytest.mark.parametrize("index", range(len(HOSTILE)))
+@pytest.mark.parametrize("name", ["alpha", "pattern"])
+def test_no_value_of_a_rules_own_parameter_is_worse_than_refused(name: str, index: int):
+    said = answer({"strategy": "klora", "parameters": {name: HOSTILE[index]}})
+    assert name in said
+    assert len(said.encode()) < 1000
+
+
+@pytest.mark.parametrize("name", ["name", "self", "x" * 100_000, "\ud800", ""])
+def test_a_parameter_that_the_rule_has_not_is_refused_whatever_its_name(name: str):
+    said = answer({"strategy": "klora", "parameters": {name: 1}})
+    assert said.startswith("parameters: the rule 'klora' has no ")
+    assert "alpha" in said
+    assert len(said.encode()) < 1000
+
+
+def test_an_unknown_option_is_echoed_in_part_and_of_many_a_few():
+    assert len(answer({"x" * 100_000: 1})) < 1000
+    said = answer({f"option{number}": 1 for number in range(1000)})
+    assert "option0: unknown option" in said
+    assert said.endswith("and 992 more")
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,24 @@
 from __future__ import annotations
 
+import re
+import time
+
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from lib_dynfuse.roles import LoraTag, Role, RoleError, parse_prompt, parse_role
+from lib_dynfuse.roles import (
+    MOST_PARTS,
+    MOST_TAGS,
+    LoraTag,
+    Role,
+    RoleError,
+    lora_tags,
+    parse_prompt,
+    parse_role,
+    strengths,
+    strip_tags,
+)
 
 
 def only_tag(prompt: str) -> LoraTag:
@@ -74,6 +88,9 @@ def test_the_tag_name_is_read_in_any_case_and_lyco_is_the_same_thing():
         ("<lora:a:1:rolle=style>", ["rolle=", "did you mean role=?"]),
         ("<lora:a:1:role=style:role=style>", ["role= is given twice"]),
         ("<lora:a:loud>", ["strength 'loud' is not a number"]),
+        ("<lora:a:1,0>", ["strength '1,0' is not a number"]),
+        ("<lora:a::1>", ["strength '' is not a number"]),
+        ("<lora:a:1:1:many>", ["dyn 'many' is not a number"]),
         ("<lora:a:te=nan>", ["te 'nan' is not a number"]),
         ("<lora:a:unet=inf>", ["unet 'inf' is not a number"]),
         ("<lora:>", ["names no LoRA"]),
@@ -152,3 +169,70 @@ def test_what_is_written_is_what_is_read(tags: list[tuple[str, float, str]]):
     written = " and ".join(f"<lora:{name}:{strength}:role={role}>" for name, strength, role in tags)
     read = parse_prompt(written).tags
     assert [(tag.name, tag.unet, tag.role.value if tag.role else "none") for tag in read] == tags
+
+
+def megabyte(piece: str) -> str:
+    return piece * (1_000_000 // len(piece))
+
+
+# Prompts of a megabyte, each of a kind that a reader could take the square of its length for, or answer at length.
+LARGE = {
+    "openings": megabyte("<lora:"),
+    "openings and names": megabyte("<lora:a "),
+    "openings and one end": megabyte("<lora:") + ">",
+    "ends": megabyte(">"),
+    "tags": megabyte("<lora:a:1>"),
+    "tags with unknown parts": megabyte("<lora:a:lbw=1:bcde=2>"),
+    "unknown parts": f"<lora:a{megabyte(':b=1')}>",
+    "colons": f"<lora:{megabyte(':')}>",
+    "a name": f"<lora:{megabyte('a')}>",
+    "a role": f"<lora:a:role={megabyte('x')}>",
+    "a part's name": f"<lora:a:{megabyte('r')}=1>",
+    "a number": f"<lora:a:{megabyte('9')}>",
+    "as many tags and parts as there may be": f"<lora:a{''.join(f':q{n}x=1' for n in range(MOST_PARTS - 1))}>"
+    * MOST_TAGS,
+}
+
+
+@pytest.mark.parametrize("kind", LARGE)
+def test_a_prompt_of_a_megabyte_is_read_or_refused_in_a_second_and_answered_in_few_words(kind: str):
+    prompt = LARGE[kind]
+    began = time.process_time()
+    try:
+        said = list(parse_prompt(prompt).notices)
+    except RoleError as error:
+        said = [str(error)]
+    assert len(strip_tags(prompt)) <= len(prompt)
+    assert sum(len(tag) for tag in lora_tags(prompt)) <= len(prompt)
+    assert time.process_time() - began < 1
+    assert len(said) <= MOST_TAGS
+    assert all(len(line) < 700 for line in said)
+
+
+def test_more_tags_or_parts_than_anybody_writes_are_refused():
+    tag = "<lora:a:1>"
+    assert len(parse_prompt(tag * MOST_TAGS).tags) == MOST_TAGS
+    with pytest.raises(RoleError, match=f"more than {MOST_TAGS} LoRA tags"):
+        parse_prompt(tag * (MOST_TAGS + 1))
+    with pytest.raises(RoleError, match=f"more than {MOST_PARTS} parts"):
+        parse_prompt(f"<lora:a{':b=1' * MOST_PARTS}>")
+
+
+@given(st.text(alphabet="<lora:yc>=1 L\n", max_size=40))
+@example("<lora:<lora:a>b><lyco:c> <lora:d")
+def test_tags_are_where_a_plain_pattern_finds_them(prompt: str):
+    plain = re.compile("<(?:lora|lyco):[^>]*>", re.IGNORECASE)
+    assert lora_tags(prompt) == plain.findall(prompt)
+    assert strip_tags(prompt) == plain.sub("", prompt).strip()
+
+
+def test_the_unknown_parts_of_a_tag_are_said_together():
+    (notice,) = parse_prompt("<lora:a:1:lbw=ALL:start=3>").notices
+    assert notice == "<lora:a:1:lbw=ALL:start=3>: lbw=, start= are not known here and were left out"
+
+
+def test_strengths_are_read_of_what_a_host_has_split():
+    assert strengths("<lora:a:1:0.5>", ["a", "1", "0.5"], {}) == (1.0, 0.5)
+    assert strengths("<lora:a:te=2>", ["a"], {"te": "2", "role": "style"}) == (2.0, 2.0)
+    with pytest.raises(RoleError, match="<lora:a:abc>: strength 'abc' is not a number"):
+        strengths("<lora:a:abc>", ["a", "abc"], {})

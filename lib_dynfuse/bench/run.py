@@ -17,6 +17,7 @@ from lib_dynfuse.bench.rivals import FUSED, with_peft
 from lib_dynfuse.bench.rounds import fused, interleaved
 from lib_dynfuse.bench.unets import CONFIGS, COVERS, DTYPES, covered, make_inputs, make_layers, make_unet
 from lib_dynfuse.core import Row, kernels
+from lib_dynfuse.hosts.devices import check_device
 
 UNETS = tuple(CONFIGS)
 METHODS = ("merged", *FUSED, "peft", "klora-published")
@@ -117,6 +118,7 @@ def checked(
         raise ValueError(f"pixels must be a multiple of 64, batch and rank at least 1, not {pixels}, {batch}, {rank}")
     if threads:
         torch.set_num_threads(threads)
+    check_device(device)
     place = torch.device(device)
     if any(fused(method)[1] == "triton" for method in methods):
         with kernels.path("triton"):

@@ -10,8 +10,20 @@ with Fusion({"mid.to_q": (linear, {Role.SUBJECT: LowRank(a, b), Role.STYLE: LowR
 
 from __future__ import annotations
 
-from lib_dynfuse.core.fusion import Fusion, TraceSink
+from lib_dynfuse.core.fusion import ForeignBatch, Fusion, TraceSink
+from lib_dynfuse.core.rules import Outcome
 from lib_dynfuse.core.strategies import Strategy, StrategyInfo, strategies, strategy
 from lib_dynfuse.core.types import Role, Row
 
-__all__ = ["Fusion", "Role", "Row", "Strategy", "StrategyInfo", "TraceSink", "strategies", "strategy"]
+__all__ = [
+    "ForeignBatch",
+    "Fusion",
+    "Outcome",
+    "Role",
+    "Row",
+    "Strategy",
+    "StrategyInfo",
+    "TraceSink",
+    "strategies",
+    "strategy",
+]

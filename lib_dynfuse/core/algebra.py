@@ -7,7 +7,7 @@ normalisation layers, from the normalised input). `lib_dynfuse.core.delta` has t
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -106,6 +106,11 @@ class Delta(ABC):
         return own + sum(part.nbytes for part in self.parts)
 
     @property
+    def is_zero(self) -> bool:
+        """Whether it adds nothing at present, by a strength of exactly 0."""
+        return False
+
+    @property
     def rank(self) -> int | None:
         """Rank of the low-rank form (not of its value), None where there is no such form."""
         return None
@@ -177,8 +182,14 @@ class Scaled(Delta):
         """Whether the scale may differ from call to call."""
         return callable(self._scale)
 
+    @property
+    def is_zero(self) -> bool:
+        return self.scale == 0.0 or self.inner.is_zero
+
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
         scale = self.scale
+        if scale == 0.0:
+            return torch.zeros_like(y, dtype=x.dtype)
         d = self.inner(x, y)
         return d if scale == 1.0 else d.mul_(scale)
 
@@ -226,9 +237,19 @@ class Sum(Delta):
         self.inputs = next((part.inputs for part in parts if part.inputs is not None), None)
         self.outputs = next((part.outputs for part in parts if part.outputs is not None), None)
 
+    @property
+    def is_zero(self) -> bool:
+        return all(part.is_zero for part in self.parts)
+
+    @property
+    def _present(self) -> Sequence[Delta]:
+        """The parts that add something at present; all of them where none does."""
+        return [part for part in self.parts if not part.is_zero] or self.parts
+
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
-        d = self.parts[0](x, y)
-        for part in self.parts[1:]:
+        first, *others = self._present
+        d = first(x, y)
+        for part in others:
             d.add_(part(x, y))
         return d
 
@@ -270,6 +291,8 @@ class Sum(Delta):
             return None
         if len({factors.down.shape[1:] for factors in found}) > 1:
             return None
+        if not self.is_zero:
+            found = [factors for factors, part in zip(found, self.parts, strict=True) if not part.is_zero]
         device = found[0].down.device
         down = torch.cat([factors.down.to(device) for factors in found])
         up = torch.cat([factors.up.to(device) for factors in found], dim=1)
@@ -292,6 +315,10 @@ class Rows(Delta):
         self.parts = (inner,)
         self.channel_dim, self.needs_base = inner.channel_dim, inner.needs_base
         self.inputs, self.outputs = inner.inputs, total
+
+    @property
+    def is_zero(self) -> bool:
+        return self.inner.is_zero
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
         rows = y.shape[self.channel_dim]
@@ -353,9 +380,9 @@ def orthonormal_rows(matrix: Tensor) -> Tensor:
     """Q [n, k] with QᵀQ = I and the span of the rows of `matrix` [r, n], k their numerical rank.
 
     A thin QR; then, as QR makes up directions where rows are zero or depend on each other, the small triangular factor
-    says which of them are real.
+    says which of them are real. Entries that are no numbers count as zero.
     """
-    q, r = torch.linalg.qr(wide(matrix).T)
+    q, r = torch.linalg.qr(wide(matrix).nan_to_num(0.0, 0.0, 0.0).T)
     u, s, _ = torch.linalg.svd(r, full_matrices=False)
     return q @ u[:, s > s.amax() * max(matrix.shape) * torch.finfo(s.dtype).eps]
 

@@ -1,6 +1,6 @@
 """How far a delta moves a layer's features: KL, JS and cosine, one number per token.
 
-Features become a distribution by a softmax over channels (METHOD.md, section 1). With `u = log p_r - log p_0` and
+Features become a distribution by a softmax over channels (docs/method.md, section 1). With `u = log p_r - log p_0` and
 `p_r = softmax((base + delta) / temperature)`, the closed form of the KL divergence
 
     KL(p_r || p_0) = sum p_r * delta / temperature - (LSE((base + delta) / temperature) - LSE(base / temperature))
@@ -96,6 +96,3 @@ def _in_stretches(divergence: Divergence, base: Tensor, delta: Product, temperat
     """Of a delta that has not been computed, [B, T]: some tokens after others."""
     found = [divergence(*stretch, temperature) for stretch in delta.stretches(base, _STRETCH)]
     return torch.cat(found).view(base.shape[:-1])
-
-
-DIVERGENCES: dict[str, Divergence] = {"kl": kl_divergence, "js": js_divergence, "cosine": cosine_distance}

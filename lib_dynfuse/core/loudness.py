@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -44,6 +44,28 @@ class _Gains(NamedTuple):
     subject: Tensor
     style: Tensor
     below: Tensor
+
+
+class Scaling(Protocol):
+    """What both deltas of a layer are multiplied by."""
+
+    def factors(self, items: int, lengths: Lengths) -> tuple[Tensor | None, Tensor]:
+        """What to multiply both deltas of a layer by: [B, 1, 1] (None: leave it) and [B, T or 1, 1].
+
+        `items` is B: tiles of one picture follow one another in the batch and share its row. `lengths` is called where
+        they are needed. No gradient flows through the factors.
+        """
+
+
+class Held(NamedTuple):
+    """The same gains again, for a layer that is computed again."""
+
+    gains: _Gains | None
+    ceiling: float
+
+    @torch.no_grad()
+    def factors(self, items: int, lengths: Lengths) -> tuple[Tensor | None, Tensor]:
+        return _factors(self.gains, lengths() if self.ceiling else None, self.ceiling)
 
 
 class Loudness:
@@ -86,25 +108,14 @@ class Loudness:
 
     @torch.no_grad()
     def factors(self, items: int, lengths: Lengths) -> tuple[Tensor | None, Tensor]:
-        """What to multiply both deltas of a layer by: [B, 1, 1] (None: leave it) and [B, T or 1, 1].
-
-        `items` is B: tiles of one picture follow one another in the batch and share its row. `lengths` is called where
-        they are needed. No gradient flows through the factors.
-        """
+        """See `Scaling`; what a layer of a picture's first step shows is taken in."""
         found = lengths() if self._ceiling or self._new is not None else None
         gains = None if self._means is None else self._gains_now(self._means, found, items)
-        subject, style = (None, None) if gains is None else (gains.subject, gains.style)
-        if not self._ceiling or found is None:
-            assert style is not None, "there is something to hold"
-            return subject, style
-        # g / sqrt(1 + (g q / ceiling)^2) with q = |d| / |y0|. No length of a base output is zero but where there is
-        # nothing to see.
-        squares, base = found[0][1], found[1].clamp_min(1e-20)
-        if gains is None:
-            below = squares.div(base).mul_(self._ceiling**-2).add_(1.0)
-        else:
-            below = torch.addcdiv(gains.below, squares, base, value=self._ceiling**-2)
-        return subject, below.rsqrt_().unsqueeze(-1)
+        return _factors(gains, found, self._ceiling)
+
+    def held(self) -> Held:
+        """What the layer before was multiplied by."""
+        return Held(self._gains, self._ceiling)
 
     def _gains_now(self, means: RunningMeans, lengths: tuple[Tensor, Tensor] | None, items: int) -> _Gains:
         """What both networks are multiplied by, by what was heard of them so far."""
@@ -125,3 +136,21 @@ class Loudness:
                 subject.exp()[:, None, None], style.exp()[:, None, None], style.mul(-2.0).exp_()[:, None]
             )
         return self._gains
+
+
+def _factors(
+    gains: _Gains | None, lengths: tuple[Tensor, Tensor] | None, ceiling: float
+) -> tuple[Tensor | None, Tensor]:
+    """See `Scaling.factors`."""
+    subject, style = (None, None) if gains is None else (gains.subject, gains.style)
+    if not ceiling or lengths is None:
+        assert style is not None, "there is something to hold"
+        return subject, style
+    # g / sqrt(1 + (g q / ceiling)^2) with q = |d| / |y0|. No length of a base output is zero but where there is
+    # nothing to see.
+    squares, base = lengths[0][1], lengths[1].clamp_min(1e-20)
+    if gains is None:
+        below = squares.div(base).mul_(ceiling**-2).add_(1.0)
+    else:
+        below = torch.addcdiv(gains.below, squares, base, value=ceiling**-2)
+    return subject, below.rsqrt_().unsqueeze(-1)

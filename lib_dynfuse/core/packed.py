@@ -82,6 +82,8 @@ class Packed:
         factors = self._factors
         if self._varying and scales != self._scales:
             factors = [one for one in map(low_rank_factors, self._deltas) if one is not None]
+            # Without a network whose strength is 0 now, or with one whose strength was, the ranks are others.
+            self.ranks = tuple(found.down.shape[0] for found in factors)
         # Kept beyond the host's inference mode, where autograd could not save what was made inside it.
         with torch.inference_mode(False), torch.no_grad():
             if factors is None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lib_dynfuse.core import devices, kernels
-from lib_dynfuse.core.loudness import Loudness
+from lib_dynfuse.core.loudness import Scaling
 from lib_dynfuse.core.packed import Packed, Product, add_product, as_tokens
 from lib_dynfuse.core.rules import Features, Largest, Selection
 from lib_dynfuse.core.sampling import lattice_step, picked
@@ -19,21 +19,29 @@ class PackedWork(Work):
     """Low-rank deltas: neither of them is ever made as a whole."""
 
     def __init__(
-        self, packed: Packed, x: Tensor, y: Tensor, channel_dim: int, rows: int, loudness: Loudness | None
+        self, packed: Packed, x: Tensor, y: Tensor, channel_dim: int, rows: int, loudness: Scaling | None
     ) -> None:
         super().__init__(x, y, channel_dim, rows, loudness)
         packed.ready(self.x)
         self._packed = packed
         self._hidden: Tensor | None = None
 
+    @property
+    def has_both(self) -> bool:
+        return self._hidden is not None
+
+    def compute_both(self) -> None:
+        self._both_hidden()
+
     def _both_hidden(self) -> Tensor:
         if self._hidden is None:
-            self._hidden = self._packed.hidden(self.x)
-            if self.loudness is not None:
-                self._hidden = self._held(self._hidden, self.loudness)
+            with torch.set_grad_enabled(self._grad):
+                self._hidden = self._packed.hidden(self.x)
+                if self.loudness is not None:
+                    self._hidden = self._held(self._hidden, self.loudness)
         return self._hidden
 
-    def _held(self, hidden: Tensor, loudness: Loudness) -> Tensor:
+    def _held(self, hidden: Tensor, loudness: Scaling) -> Tensor:
         """Both roles' hidden products within the limits. Called before anything is added to the output."""
         packed = self._packed
         factors = loudness.factors(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import NamedTuple
@@ -31,6 +32,27 @@ class Stretch(NamedTuple):
     @property
     def whole(self) -> bool:
         return self.start == 0 and self.stop is None
+
+
+def without_zeros(delta: Delta) -> Delta | None:
+    """The delta without the networks whose strength is 0 for good; None where none is left."""
+    if isinstance(delta, Scaled):
+        inner = None if not delta.varies and delta.scale == 0.0 else without_zeros(delta.inner)
+        return delta if inner is delta.inner else inner and _scaled(delta, inner)
+    if isinstance(delta, Rows):
+        inner = without_zeros(delta.inner)
+        return delta if inner is delta.inner else inner and Rows(inner, delta.start, delta.stop, delta.total)
+    if isinstance(delta, Sum):
+        kept = [found for found in map(without_zeros, delta.parts) if found is not None]
+        if all(map(operator.is_, kept, delta.parts)) and len(kept) == len(delta.parts):
+            return delta
+        return Sum(*kept) if len(kept) > 1 else next(iter(kept), None)
+    return delta
+
+
+def _scaled(like: Scaled, inner: Delta) -> Scaled:
+    """Another delta with the same strength, read at every call where that one's is."""
+    return Scaled((lambda: like.scale) if like.varies else like.scale, inner)
 
 
 def stretches(deltas: Mapping[Role, Delta]) -> list[Stretch]:
@@ -80,8 +102,7 @@ def _pieces(delta: Delta) -> list[Piece]:
     if isinstance(delta, Rows):
         return [Piece(delta.start, delta.stop, delta.inner)]
     if isinstance(delta, Scaled):
-        scale = (lambda: delta.scale) if delta.varies else delta.scale
-        return [piece._replace(delta=Scaled(scale, piece.delta)) for piece in _pieces(delta.inner)]
+        return [piece._replace(delta=_scaled(delta, piece.delta)) for piece in _pieces(delta.inner)]
     if isinstance(delta, Sum):
         found = [piece for part in delta.parts for piece in _pieces(part)]
         return found if any(piece.stop is not None for piece in found) else [Piece(0, None, delta)]
@@ -101,8 +122,7 @@ def _cut(piece: Piece, start: int, stop: int | None) -> Delta:
 
 def _cut_delta(delta: Delta, rows: slice) -> Delta:
     if isinstance(delta, Scaled):
-        scale = (lambda: delta.scale) if delta.varies else delta.scale
-        return Scaled(scale, _cut_delta(delta.inner, rows))
+        return _scaled(delta, _cut_delta(delta.inner, rows))
     if isinstance(delta, Sum):
         return Sum(*(_cut_delta(part, rows) for part in delta.parts))
     if isinstance(delta, LowRank) and (delta.geometry is None or delta.geometry.groups == 1):

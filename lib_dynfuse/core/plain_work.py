@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lib_dynfuse.core.delta import Delta
-from lib_dynfuse.core.loudness import Loudness
+from lib_dynfuse.core.loudness import Scaling
 from lib_dynfuse.core.packed import as_tokens
 from lib_dynfuse.core.rules import Features, Selection
 from lib_dynfuse.core.sampling import picked
@@ -26,7 +26,7 @@ class PlainWork(Work):
         y: Tensor,
         channel_dim: int,
         rows: int,
-        loudness: Loudness | None,
+        loudness: Scaling | None,
     ) -> None:
         """`base` is the layer's output as the deltas define it."""
         super().__init__(x, y, channel_dim, rows, loudness)
@@ -34,8 +34,20 @@ class PlainWork(Work):
         self._channel_dim = channel_dim
         self._computed: list[Tensor | None] = [None] * len(deltas)
 
+    @property
+    def has_both(self) -> bool:
+        return all(found is not None for found in self._computed)
+
+    def compute_both(self) -> None:
+        for role in range(len(self._deltas)):
+            self._delta(role)
+
     def _delta(self, role: int) -> Tensor:
         """A role's delta [B, T, C], computed once and within the limits."""
+        with torch.set_grad_enabled(self._grad):
+            return self._made(role)
+
+    def _made(self, role: int) -> Tensor:
         found = self._computed[role]
         if found is None:
             found = self._computed[role] = self._alone(role)
@@ -50,7 +62,7 @@ class PlainWork(Work):
                 self._computed = [
                     one if by is None else one * by.to(one.dtype) for one, by in zip(both, factors, strict=True)
                 ]
-                return self._delta(role)
+                return self._made(role)
         return found
 
     def _alone(self, role: int) -> Tensor:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 from torch import Tensor
@@ -81,23 +83,48 @@ class Pair(NamedTuple):
     style: Delta
 
 
+def energies_of(pair: Pair) -> tuple[float, float] | tuple[None, None]:
+    """|dW|_F^2 of both roles; None where a delta has no weight of its own, or one that is no number."""
+    subject, style = pair.subject.frobenius_sq(), pair.style.frobenius_sq()
+    if subject is None or style is None or not (math.isfinite(subject) and math.isfinite(style)):
+        return None, None
+    return subject, style
+
+
 class Rule(Protocol):
     """A strategy at work, for the life of one `Fusion`."""
 
     def begin(self, moment: Moment) -> None:
         """Called once at the start of every forward pass, before any layer."""
 
-    def select(self, layer: int, moment: Moment, look: Look) -> Selection:
-        """The weights for pair number `layer`; rules that do not depend on the input never call `look`."""
+    def select(self, layer: int, moment: Moment, look: Look, tokens: int = 0) -> Selection:
+        """The weights for pair number `layer`, where every row has so many tokens; rules that do not depend on the
+        input never call `look`."""
+
+
+class Outcome(Enum):
+    """What a rule's weights mean, for whoever tells a person of them."""
+
+    NOTHING = "nothing"
+    """Both deltas are added whole: there is nothing to tell."""
+    CHOSEN = "chosen"
+    """A layer is one role's or the other's."""
+    WEIGHED = "weighed"
+    """A layer gets some of both."""
 
 
 @dataclass(frozen=True)
 class Strategy(ABC):
-    """A fusion rule and its parameters (METHOD.md, section 2)."""
+    """A fusion rule and its parameters (docs/method.md, section 2)."""
 
     name: ClassVar[str]
     help: ClassVar[str]
     source: ClassVar[str]
+
+    @property
+    def outcome(self) -> Outcome:
+        """What its weights mean."""
+        return Outcome.CHOSEN
 
     @property
     def limits(self) -> Limits:

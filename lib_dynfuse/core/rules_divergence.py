@@ -16,7 +16,20 @@ from lib_dynfuse.core.divergence import Divergence, cosine_distance, js_divergen
 from lib_dynfuse.core.kl_pair import kl_pair
 from lib_dynfuse.core.loudness import Limits
 from lib_dynfuse.core.moment import Moment
-from lib_dynfuse.core.rules import Features, Look, Pair, Rule, Selection, Strategy, flag, lift, number, of_halves
+from lib_dynfuse.core.rules import (
+    Features,
+    Look,
+    Outcome,
+    Pair,
+    Rule,
+    Selection,
+    Strategy,
+    energies_of,
+    flag,
+    lift,
+    number,
+    of_halves,
+)
 from lib_dynfuse.core.running import RunningMeans
 from lib_dynfuse.core.types import Row
 from lib_dynfuse.core.workspace import Workspace
@@ -31,7 +44,7 @@ _PART = 1 << 20
 
 @dataclass(frozen=True)
 class DivergenceStrategy(Strategy):
-    """Whichever role moves a layer's features further wins the layer (arXiv 2602.15539; METHOD.md, section 1).
+    """Whichever role moves a layer's features further wins the layer (arXiv 2602.15539; docs/method.md, section 1).
 
     The rule compares a margin with zero, per batch item or per token:
 
@@ -43,7 +56,12 @@ class DivergenceStrategy(Strategy):
 
     per_token: ClassVar[bool] = False
 
-    balance: float = number(0.0, -1.0, 1.0, "-1 gives every layer to the subject, +1 to the style, 0 is neutral.")
+    balance: float = number(
+        0.0,
+        -1.0,
+        1.0,
+        "-1 lets the subject win every layer, +1 the style, 0 favours neither; the rule says what the loser keeps.",
+    )
     auto_balance: bool = flag(
         False, "Evens out strengths: a louder network does not win everywhere, only where it is louder than usual."
     )
@@ -66,6 +84,10 @@ class DivergenceStrategy(Strategy):
     def adds_both(self) -> bool:
         """Whether a layer may get some of both roles, so that both products are needed whatever wins."""
         return self.per_token
+
+    @property
+    def outcome(self) -> Outcome:
+        return Outcome.WEIGHED if self.adds_both and not self.per_token else Outcome.CHOSEN
 
     @property
     def style_in_negative(self) -> float:
@@ -139,16 +161,16 @@ class KLToken(DivergenceStrategy):
 class KLCfg(_PerItem):
     """y0 + a w_s g_s d_s + b w_t p g_t d_t, w = 1 for the winner of `kl` and `loser` for the other one.
 
-    g = min(lift, level / m), m the geometric mean of |d| / |y0| over the layers of the first step: LoRAs of one
-    strength are not all as loud, and fusion should not hang on that. p = 1 / sqrt(1 + (|g_t d_t| / (ceiling |y0|))^2)
-    for every token: a style that is louder than the layer itself covers the subject. In the negative prompt's half b
-    is smaller, as in `sum-cfg`: guidance goes from that half's prediction towards the prompt's and brings out what
-    only the latter has.
+    g = min(lift, level / m), m the geometric mean of |d| / |y0| over the layers of the first step: a network that is
+    louder than its level is turned down to it; with `lift` above 1 one that is quieter is turned up.
+    p = 1 / sqrt(1 + (|g_t d_t| / (ceiling |y0|))^2) for every token: a style that is louder than the layer itself
+    covers the subject. In the negative prompt's half b is smaller, as in `sum-cfg`: guidance goes from that half's
+    prediction towards the prompt's and brings out what only the latter has.
     """
 
     name: ClassVar[str] = "kl-cfg"
     help: ClassVar[str] = (
-        "Adds both, less of the one that kl would drop; brings each to a loudness of its own, whatever its strength, "
+        "Adds both, less of the one that kl would drop; turns each down to a loudness of its own where it is louder, "
         "presses a loud style down, and gives the negative prompt's half less of it."
     )
     source: ClassVar[str] = "ours"
@@ -160,7 +182,7 @@ class KLCfg(_PerItem):
     ceiling: float = of_halves("ceiling", 0.35)
     subject_level: float = of_halves("subject_level", 0.1)
     style_level: float = of_halves("style_level", 0.28)
-    lift: float = lift(2.0)
+    lift: float = lift(1.0)
 
     def choose(self, margin: Tensor) -> tuple[Tensor, Tensor]:
         wins = margin >= 0
@@ -223,8 +245,8 @@ class _DivergenceRule(Rule):
         # decisions, so that the first layers are not judged against themselves.
         prior = _log_energy_ratio(pairs) if strategy.auto_balance else 0.0
         self._usual = RunningMeans([prior], len(pairs))
-        # For `decide_every`: a layer's last selection for a batch, and the step it was made in.
-        self._kept: dict[tuple[int, tuple[Row, ...]], tuple[int, Selection]] = {}
+        # For `decide_every`: a layer's last selection for a batch, the step it was made in, and of how many tokens.
+        self._kept: dict[tuple[int, tuple[Row, ...]], tuple[int, int, Selection]] = {}
         # For `couple_cfg` where a host runs the halves apart: a layer's last margin for a picture's cond half.
         self._conds: dict[tuple[int, tuple[int, int]], Tensor] = {}
         self._bias = 0.0
@@ -242,12 +264,14 @@ class _DivergenceRule(Rule):
         if self._strategy.auto_balance:
             self._usual.lay_out(judged, moment.device)
 
-    def select(self, layer: int, moment: Moment, look: Look) -> Selection:
+    def select(self, layer: int, moment: Moment, look: Look, tokens: int = 0) -> Selection:
         strategy = self._strategy
         every = strategy.decide_every
         kept = self._kept.get((layer, moment.rows)) if every > 1 else None
-        if kept is not None and kept[0] // every == moment.step // every:
-            return kept[1]
+        # A prompt that changes in length under way changes the tokens of the layers that read it.
+        as_many = kept is not None and (kept[1] == tokens or not strategy.per_token)
+        if kept is not None and as_many and kept[0] // every == moment.step // every:
+            return kept[2]
         # Where cond decides for uncond, the uncond rows are not even looked at.
         deciders = moment.deciders if strategy.couple_cfg else None
         rows = len(moment.rows if deciders is None else deciders)
@@ -277,7 +301,7 @@ class _DivergenceRule(Rule):
             style = style * self._shares.view(-1, *(1 for _ in style.shape[1:]))
         selection = Selection(subject, style, per_item[0], per_item[1])
         if every > 1:
-            self._kept[layer, moment.rows] = (moment.step, selection)
+            self._kept[layer, moment.rows] = (moment.step, tokens, selection)
         return selection
 
     def _from_other_batches(self, layer: int, margin: Tensor, moment: Moment) -> Tensor:
@@ -321,7 +345,7 @@ def _log_odds(lean: float) -> float:
 
 def _log_energy_ratio(pairs: Sequence[Pair]) -> float:
     """log of |dW_s|_F^2 / |dW_t|_F^2 over all pairs: for small deltas a divergence grows with the delta's square."""
-    energies = [(pair.subject.frobenius_sq(), pair.style.frobenius_sq()) for pair in pairs]
+    energies = map(energies_of, pairs)
     known = [(a, b) for a, b in energies if a is not None and b is not None]
     subject, style = sum(a for a, _ in known), sum(b for _, b in known)
     return math.log(subject / style) if subject > 0 and style > 0 else 0.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import re
 from collections.abc import Callable, Sequence
@@ -14,7 +15,20 @@ from torch import Tensor
 from lib_dynfuse.core.delta import Delta
 from lib_dynfuse.core.loudness import Limits
 from lib_dynfuse.core.moment import Moment
-from lib_dynfuse.core.rules import Look, Pair, Rule, Selection, Strategy, flag, lift, number, of_halves, text
+from lib_dynfuse.core.rules import (
+    Look,
+    Outcome,
+    Pair,
+    Rule,
+    Selection,
+    Strategy,
+    energies_of,
+    flag,
+    lift,
+    number,
+    of_halves,
+    text,
+)
 from lib_dynfuse.core.types import Row
 
 BOTH = Selection(1.0, 1.0)
@@ -36,7 +50,7 @@ class Table(Rule):
         if now != self._moment:
             self._row, self._moment = self._decide(*now), now
 
-    def select(self, layer: int, moment: Moment, look: Look) -> Selection:
+    def select(self, layer: int, moment: Moment, look: Look, tokens: int = 0) -> Selection:
         return self._row[layer]
 
 
@@ -49,6 +63,10 @@ class Sum(Strategy):
     name: ClassVar[str] = "sum"
     help: ClassVar[str] = "Adds both, as the WebUI does without this extension."
     source: ClassVar[str] = "the hosts"
+
+    @property
+    def outcome(self) -> Outcome:
+        return Outcome.NOTHING
 
     def start(self, pairs: Sequence[Pair]) -> Rule:
         return constant([BOTH] * len(pairs))
@@ -73,6 +91,10 @@ class SumCfg(Strategy):
     subject_level: float = of_halves("subject_level", 0.0)
     style_level: float = of_halves("style_level", 0.0)
     lift: float = lift(1.0)
+
+    @property
+    def outcome(self) -> Outcome:
+        return Outcome.WEIGHED
 
     def start(self, pairs: Sequence[Pair]) -> Rule:
         return _Halves(self.subject, self.style, self.style * self.negative)
@@ -99,7 +121,7 @@ class _Halves(Rule):
         self._selection = Selection(*weights.T.contiguous().to(moment.device, non_blocking=True))
         self._made = made_for
 
-    def select(self, layer: int, moment: Moment, look: Look) -> Selection:
+    def select(self, layer: int, moment: Moment, look: Look, tokens: int = 0) -> Selection:
         return self._selection
 
 
@@ -151,7 +173,7 @@ class KLora(Strategy):
 
 
 def _top_entries(pair: Pair) -> tuple[float, float, float, float] | None:
-    """(S_c, S_s, L1_c, L1_s) of one layer, None where a delta has no weight of its own or is all zero."""
+    """(S_c, S_s, L1_c, L1_s) of one layer, None where a delta has no weight of its own, is all zero or not finite."""
     subject, style = pair.subject.dense(), pair.style.dense()
     if subject is None or style is None:
         return None
@@ -159,7 +181,7 @@ def _top_entries(pair: Pair) -> tuple[float, float, float, float] | None:
     k = min(_rank(pair.subject, subject) * _rank(pair.style, style), subject.numel())
     scores = (subject.topk(k).values.sum(), style.topk(k).values.sum(), subject.sum(), style.sum())
     values = tuple(float(score) for score in scores)
-    return None if min(values) <= 0 else values  # type: ignore[return-value]
+    return values if all(0.0 < value < math.inf for value in values) else None  # type: ignore[return-value]
 
 
 def _rank(delta: Delta, weight: Tensor) -> int:
@@ -190,7 +212,7 @@ class Est(Strategy):
     disc: float = number(0.5, 0.0, 1.0, "The subject's head start.")
 
     def start(self, pairs: Sequence[Pair]) -> Rule:
-        energies = [(pair.subject.frobenius_sq(), pair.style.frobenius_sq()) for pair in pairs]
+        energies = [energies_of(pair) for pair in pairs]
         known = [(subject, style) for subject, style in energies if subject is not None and style is not None]
         style_energy = sum(style for _, style in known)
         gamma = sum(subject for subject, _ in known) / style_energy if style_energy > 0 else 1.0
@@ -207,12 +229,6 @@ class Est(Strategy):
             ]
 
         return Table(decide)
-
-
-def _louder(subject: float | None, style: float | None, gain: float) -> Selection:
-    if subject is None or style is None:
-        return BOTH
-    return SUBJECT if subject >= gain * style else STYLE
 
 
 @dataclass(frozen=True)
@@ -300,5 +316,5 @@ class _Coins(Rule):
         self._heads = torch.tensor(tosses, dtype=torch.bool).T.contiguous().to(moment.device, non_blocking=True)
         self._tails = ~self._heads
 
-    def select(self, layer: int, moment: Moment, look: Look) -> Selection:
+    def select(self, layer: int, moment: Moment, look: Look, tokens: int = 0) -> Selection:
         return Selection(self._heads[layer], self._tails[layer])

@@ -29,9 +29,12 @@ def sample_index(tokens: int, wanted: int, device: torch.device) -> Tensor | Non
 
 
 def lattice_step(tall: int, wide: int, wanted: int) -> int:
-    """The widest spacing of a square lattice that has at least `wanted` of tall x wide pixels; 1 for all of them."""
-    step = 1
-    while 0 < wanted <= -(-tall // (step + 1)) * -(-wide // (step + 1)):
+    """The widest spacing of a square lattice that has at least `wanted` of tall x wide pixels; 1 for all of them.
+
+    From the longer side on, any spacing leaves the same single pixel.
+    """
+    step, widest = 1, max(tall, wide)
+    while step < widest and 0 < wanted <= -(-tall // (step + 1)) * -(-wide // (step + 1)):
         step += 1
     return step
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lib_dynfuse.core import devices
-from lib_dynfuse.core.loudness import Loudness
+from lib_dynfuse.core.loudness import Scaling
 from lib_dynfuse.core.packed import as_tokens
 from lib_dynfuse.core.rules import Features, Selection
 from lib_dynfuse.core.sampling import lattice_index, lattice_step, sample_index
@@ -29,17 +29,32 @@ class Work:
     `loudness` holds both deltas within the strategy's limits.
     """
 
-    def __init__(self, x: Tensor, y: Tensor, channel_dim: int, rows: int, loudness: Loudness | None) -> None:
+    def __init__(self, x: Tensor, y: Tensor, channel_dim: int, rows: int, loudness: Scaling | None) -> None:
         self.loudness = loudness
         self.x = x if x.dtype == y.dtype else x.to(y.dtype)
         self.tokens = as_tokens(y, channel_dim)
         self.rows = rows
         self.size = (y.shape[2], y.shape[3]) if channel_dim == 1 and y.dim() == 4 else None
         self.dim = -1 if self.tokens.stride(-1) == 1 else 0
+        self._grad = torch.is_grad_enabled()
+
+    @property
+    def per_row(self) -> int:
+        """How many tokens a row has, those of all its tiles together."""
+        return self.tokens.shape[0] // self.rows * self.tokens.shape[1]
 
     def look(self, sampled: int, rows: tuple[int, ...] | None = None, both: bool = False) -> Iterator[Features]:
         """The features of `sampled` tokens of every batch item, or of all of them (0), stretch by stretch; of some rows
         only where `rows` says which. `both`: whatever is seen, both roles' products will be added."""
+        raise NotImplementedError
+
+    @property
+    def has_both(self) -> bool:
+        """Whether both deltas, or what they are made of, are computed and kept for `add`."""
+        raise NotImplementedError
+
+    def compute_both(self) -> None:
+        """Computes them; gradients flow where they did when this was made, as rules look without."""
         raise NotImplementedError
 
     def add(self, selection: Selection) -> None:

@@ -1,7 +1,8 @@
-"""The boxed model as the WebUIs want it: one file under LDM's names, and a yaml beside it that says its sizes."""
+"""The boxed model as AUTOMATIC1111 wants it: one file under LDM's names, and a yaml beside it that says its sizes."""
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from pathlib import Path
@@ -15,6 +16,9 @@ from safetensors.torch import save_file
 from lib_dynfuse.demo import loras
 
 NAME = "dynfuse-demo"
+MODELS = "models"
+# Where a WebUI looks, below its own folder.
+CHECKPOINTS, LORAS = f"{MODELS}/Stable-diffusion", f"{MODELS}/Lora"
 
 # Longest first, for each is tried in turn on what the ones before have left.
 RESNET = (
@@ -131,11 +135,11 @@ def vae_settings(vae: AutoencoderKL) -> dict[str, Any]:
     }
 
 
-def settings(pipeline: StableDiffusionPipeline, text_folder: Path) -> dict[str, Any]:
+def settings(pipeline: StableDiffusionPipeline, text_folder: str) -> dict[str, Any]:
     """What v1-inference.yaml says, for this model.
 
     Args:
-        text_folder: where a host finds the text encoder's config and tokenizer.
+        text_folder: where a host finds the text encoder's config and tokenizer, from the folder that it is started in.
     """
 
     def part(target: str, parameters: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -171,9 +175,7 @@ def settings(pipeline: StableDiffusionPipeline, text_folder: Path) -> dict[str, 
                         "lossconfig": part("torch.nn.Identity"),
                     },
                 ),
-                "cond_stage_config": part(
-                    "ldm.modules.encoders.modules.FrozenCLIPEmbedder", {"version": str(text_folder)}
-                ),
+                "cond_stage_config": part("ldm.modules.encoders.modules.FrozenCLIPEmbedder", {"version": text_folder}),
             },
         )
     }
@@ -182,23 +184,26 @@ def settings(pipeline: StableDiffusionPipeline, text_folder: Path) -> dict[str, 
 def export(folder: Path, out: Path, lora_folder: Path = loras.BOX) -> Path:
     """Writes the pipeline in `folder`, and the LoRAs, for a WebUI.
 
-    `out` gets dynfuse-demo.safetensors and .yaml for the folder of checkpoints, `dynfuse-demo-clip/`, which the yaml
-    names by its full path (so write to where it shall stay, or edit `version:`), and `Lora/`.
+    `out` is the WebUI's folder, or its folder `models`: there `models/Stable-diffusion` gets dynfuse-demo.safetensors,
+    its yaml and the folder dynfuse-demo-clip, and `models/Lora` the LoRAs. The yaml names that folder as it is seen
+    from the WebUI's, in which a WebUI is started; so what was written elsewhere can be copied there.
 
     Returns:
         The checkpoint.
     """
     pipeline = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float16, local_files_only=True)
-    clip = out.resolve() / f"{NAME}-clip"
-    clip.mkdir(parents=True, exist_ok=True)
+    whole = Path(os.path.abspath(out))  # a link to where models are kept is not followed
+    webui = whole.parent if whole.name == MODELS else out
+    clip = f"{CHECKPOINTS}/{NAME}-clip"
+    for needed in (clip, LORAS):
+        (webui / needed).mkdir(parents=True, exist_ok=True)
     for file in (folder / "tokenizer").iterdir():
-        shutil.copyfile(file, clip / file.name)
-    pipeline.text_encoder.config.save_pretrained(clip)
-    checkpoint = out / f"{NAME}.safetensors"
+        shutil.copyfile(file, webui / clip / file.name)
+    pipeline.text_encoder.config.save_pretrained(webui / clip)
+    checkpoint = webui / CHECKPOINTS / f"{NAME}.safetensors"
     save_file(ldm_tensors(pipeline), checkpoint, metadata={"format": "pt"})
     checkpoint.chmod(0o644)  # a WebUI may run as somebody else
     checkpoint.with_suffix(".yaml").write_text(yaml.safe_dump(settings(pipeline, clip), sort_keys=False))
-    (out / "Lora").mkdir(exist_ok=True)
     for lora in sorted(lora_folder.glob("*.safetensors")):
-        shutil.copyfile(lora, out / "Lora" / lora.name)
+        shutil.copyfile(lora, webui / LORAS / lora.name)
     return checkpoint

@@ -157,8 +157,10 @@ def _own(
     quiet_libraries()
     from lib_dynfuse.evaluate.own import Encoders, Own, read_pictures
     from lib_dynfuse.evaluate.plan import read_pairs
+    from lib_dynfuse.hosts.devices import check_device
     from lib_dynfuse.hosts.lora_files import find_lora, open_lora
 
+    check_device(encoders["device"])
     pairs = read_pairs(file)
     for pair in pairs:
         read_pictures([*pair.subject_pictures, *pair.style_pictures])
@@ -187,7 +189,7 @@ def _compare(bench: _Bench, plan: _Plan, settings: Mapping[str, Any]) -> list[Pa
         "methods": {one.label: one.settings for one in plan.methods},
     }
     store.begin(out, described, plan.resume)
-    rows = store.read_rows(out)
+    rows = store.read_rows(out, say)
     todo = runs.jobs(bench.pairs, plan.methods, plan.seeds, {row.key for row in rows})
     if todo:
         if rows:

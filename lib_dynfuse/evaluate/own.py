@@ -16,7 +16,7 @@ from lib_dynfuse.evaluate.runs import Job
 from lib_dynfuse.generate import quiet_libraries
 from lib_dynfuse.guidance.encoders import ClipEncoder, DinoEncoder, EncoderError, load_clip, load_dino
 from lib_dynfuse.guidance.objectives import Objective
-from lib_dynfuse.guidance.references import PictureError, read_picture
+from lib_dynfuse.guidance.pictures import PictureError, read_picture
 from lib_dynfuse.guidance.scores import harmonic_mean
 from lib_dynfuse.guidance.sources import Source
 from lib_dynfuse.hosts.diffusers import Embedded, default_device

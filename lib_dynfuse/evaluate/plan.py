@@ -111,7 +111,7 @@ def read_pairs(file: Path) -> list[Pair]:
     """
     try:
         entries = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DynFuseError(f"--pairs {file}: is not a file of JSON; it should list the pairs") from error
     if not isinstance(entries, list) or not entries:
         raise DynFuseError(f"--pairs {file}: should be a list of objects with {', '.join(_KEYS)}")

@@ -52,10 +52,6 @@ class Report:
         first = next((name for name in main if name in values), names[0])
         return cls(list(methods), list(pairs), seeds, values, first, against or methods[0], list(notes))
 
-    @property
-    def lower_is_better(self) -> bool:
-        return self.main == "distance"
-
     def rows(self) -> list[dict[str, Any]]:
         """One object a method: each measure's mean and interval, and the difference in the main one."""
         drawn = draws(len(self.pairs), self.seeds)

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from lib_dynfuse.guidance import weights
+from lib_dynfuse.guidance.clip_without_open_clip import open_clip_or_this
 from lib_dynfuse.guidance.dino_files import SINGLE_FILES, in_transformers_names
 from lib_dynfuse.guidance.libraries import EncoderError, in_a_line, library, missing_operators_skipped
 from lib_dynfuse.guidance.precision import without_autocast
@@ -135,7 +136,7 @@ def load_clip(
     source.check("CLIP", where)
     arch, _, tag = where.partition(":")
     names = [tag, f"{arch}-{tag}"] if tag else [where]
-    open_clip = library("open_clip", "open_clip_torch")
+    open_clip = open_clip_or_this()
     with _loading("CLIP", where, source):
         found = weights.find([*([where] if source.paths else []), *names], source)
         if found is not None:

@@ -1,4 +1,4 @@
-"""One guidance step: move the denoised prediction a little towards a lower objective (METHOD.md, section 3).
+"""One guidance step: move the denoised prediction a little towards a lower objective (docs/method.md, section 3).
 
 `x0` is one step along the gradient (after MPGD, FreeDoM and RB-Modulation), `adam` a few steps of Adam held near the
 prediction (after RB-Modulation). Neither goes back through the UNet: samplers derive everything else from the denoised
@@ -20,7 +20,7 @@ from lib_dynfuse.guidance.decoders import Decoder
 from lib_dynfuse.guidance.precision import without_autocast
 
 MODES = ("x0", "adam", "xt")
-# METHOD.md, section 3: s = c · rms(D) where classifier-free guidance says nothing of the scale.
+# docs/method.md, section 3: s = c · rms(D) where classifier-free guidance says nothing of the scale.
 WITHOUT_CFG = 0.25
 # The paper's step size m is 10, which the default strength of 0.2 is to mean.
 PAPER_STEP = 50.0
@@ -63,8 +63,8 @@ class Nudged:
 
 @dataclass(frozen=True)
 class Nudge:
-    """How far and when: `strength` η of METHOD.md; nudge every `every`-th step between `start` and `stop`, 0 the first
-    step and 1 the last; `clamp`: the most it may move, as a share of the prediction's own size.
+    """How far and when: `strength`, the η of docs/method.md; a nudge at every `every`-th step between `start` and
+    `stop`, 0 the first step and 1 the last; `clamp`: the most it may move, as a share of the prediction's own size.
 
     For `xt` the paper's m is 50 · `strength`. Only for `adam`: `steps` of it, each up to `strength`/`steps` of the
     scale, held by `pull` · ‖D − D0‖² / ‖D0‖².

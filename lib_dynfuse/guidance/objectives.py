@@ -1,4 +1,4 @@
-"""How near a picture is to what it should be: weighted cosines of CLIP and DINO embeddings (METHOD.md, section 3).
+"""How near a picture is to what it should be: weighted cosines of CLIP and DINO embeddings (docs/method.md, section 3).
 
 The first three terms are those of arXiv 2602.15539; the last two are optional.
 """

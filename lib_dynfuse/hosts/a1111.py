@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from lib_dynfuse.core.delta import Delta, Rows, Sum
 from lib_dynfuse.core.types import Role, Row
+from lib_dynfuse.errors import shown
 from lib_dynfuse.hosts.a1111_guiding import Automatic1111Guiding, parts_of
 from lib_dynfuse.hosts.a1111_networks import NORMS, delta_of
-from lib_dynfuse.hosts.base import Before, Layers, Place, Tag
+from lib_dynfuse.hosts.base import Before, Layers, Place, Tag, Unsupported, refuse_compiled, watched
 from lib_dynfuse.hosts.reading import place_of, read_tags, staying
 
 _PART_OF_FUSED = re.compile(r"(.*)_([qkv])_proj$")
@@ -77,7 +78,8 @@ class Automatic1111:
             loaded[place] = stripped
             self._taken.append(_Taken(stripped, network, role, ours))
         found = {network.mentioned_name or network.name for network in loaded}
-        said += [f"no LoRA {name} was found: its role changes nothing" for name in roles if name not in found]
+        if missing := [name for name in roles if name not in found]:
+            said.append(f"no LoRA {shown(', '.join(missing))} was found: its role changes nothing")
         return said
 
     def give_back(self) -> None:
@@ -101,6 +103,8 @@ class Automatic1111:
     def layers(self) -> Layers:
         deltas: dict[str, dict[Role, list[Delta]]] = {}
         unet = self._unet
+        _refuse_replaced()
+        refuse_compiled(unet)
         modules = {id(module): name for name, module in unet.named_modules()}
         for taken in self._taken:
             for key in taken.keys:
@@ -167,17 +171,28 @@ class Automatic1111:
         return ours, left
 
     def watch(self, before: Before) -> Callable[[], None]:
-        def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def who(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Sequence[Row]:
             count = (args[0] if args else next(iter(kwargs.values()))).shape[0]
             rows, self._rows = self._rows[:count], self._rows[count:]
-            before(rows if len(rows) == count else ())
+            return rows if len(rows) == count else ()
 
-        handle = self._unet.register_forward_pre_hook(look, with_kwargs=True)
-        return handle.remove
+        return watched(self._unet, who, before)
 
     def place(self, params: Any) -> Place:
         self._rows = _rows(params)
         return place_of(params)
+
+
+def _refuse_replaced() -> None:
+    """Raises Unsupported where another extension computes in the UNet's place, as TensorRT does."""
+    try:
+        from modules import sd_unet
+    except ImportError:  # WebUIs before 1.3
+        return
+    replacement = getattr(sd_unet, "current_unet", None)
+    if replacement is not None:
+        label = getattr(getattr(replacement, "option", None), "label", "") or type(replacement).__name__
+        raise Unsupported(f"the SD Unet {label} computes in the place of the model's own; choose None in the settings")
 
 
 def _rows(params: Any) -> tuple[Row, ...]:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lib_dynfuse.guidance.decoders import Decoder, VaeDecoder
 from lib_dynfuse.guidance.guide import Guide
+from lib_dynfuse.hosts.checkpointing import without_checkpointing
 from lib_dynfuse.hosts.guiding import Activations, decoder, frozen, inside, spread_of
 from lib_dynfuse.hosts.reading import place_of
 
@@ -44,6 +45,8 @@ class Automatic1111Guiding:
             if through_unet:
                 unet = shared.sd_model.model.diffusion_model
                 stack.enter_context(frozen(unet))
+                _refuse_training()
+                stack.enter_context(without_checkpointing(unet))
                 self._activations = Activations(unet)
                 stack.callback(self._activations.close)
             stack.callback(self._forget)
@@ -127,6 +130,16 @@ class Automatic1111Guiding:
         sigmas = self._schedule[1]
         place = min(self._place, len(sigmas) - 2)
         return 1.0 - sigmas[place + 1] / sigmas[place] if place >= 0 and sigmas[place] > 0 else 1.0
+
+
+def _refuse_training() -> None:
+    """RuntimeError while the host trains: its checkpointing then is one that no gradient by the input goes through."""
+    try:
+        from modules import sd_hijack_checkpoint
+    except ImportError:
+        return
+    if sd_hijack_checkpoint.stored:
+        raise RuntimeError("the WebUI's gradient checkpointing for training is on; x0 and adam need none of the UNet")
 
 
 def parts_of(denoiser: Any) -> list[int]:

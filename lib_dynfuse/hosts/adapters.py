@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,7 +93,12 @@ class Adapters:
         """Make exactly these networks the pipeline's; returns the UNet's layers that roles cover.
 
         Raises DynFuseError for a file that cannot be used or does not fit; the pipeline then has no network at all.
+        Parameters ask for gradients as they did.
         """
+        with _asking_as_before(self._components.values()):
+            return self._use(networks)
+
+    def _use(self, networks: Sequence[Network]) -> Layers:
         keys = _keys(networks)
         idle = [key for key in self._loaded if key not in keys and not self._in_pipeline(key)]
         for key in [key for key in self._loaded if key not in keys and key not in idle[-_MOST_IDLE:]]:
@@ -220,7 +225,7 @@ class Adapters:
         unet = self._pipe.unet
         deltas: dict[str, dict[Role, list[Delta]]] = {}
         for loaded, network in networks:
-            if network.role is None:
+            if network.role is None or network.unet == 0.0:
                 continue
             if not loaded.parts:
                 self._say(f"{network.path.name} has no layer in the UNet: its role changes nothing")
@@ -255,6 +260,17 @@ def _peft_at_ease() -> Iterator[None]:
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")
         warnings.filterwarnings("ignore", message="Adapter .* was active which is now deleted")
         yield
+
+
+@contextmanager
+def _asking_as_before(models: Iterable[nn.Module]) -> Iterator[None]:
+    """peft lets no parameter of the model ask for a gradient where it adds its own; the model may be in training."""
+    asking = [(parameter, parameter.requires_grad) for model in models for parameter in model.parameters()]
+    try:
+        yield
+    finally:
+        for parameter, asks in asking:
+            parameter.requires_grad_(asks)
 
 
 def _delete(component: Any, name: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -11,6 +12,8 @@ from torch import nn
 from lib_dynfuse.core.delta import Delta
 from lib_dynfuse.core.types import Role, Row
 from lib_dynfuse.hosts.guiding import Guiding
+
+_log = logging.getLogger("lib_dynfuse")
 
 Layers = dict[str, tuple[nn.Module, dict[Role, Delta]]]
 
@@ -43,9 +46,43 @@ class Place:
     sigma: float | None
 
 
-# Called ahead of every call of the UNet with who is who in its batch, in order; empty where that is not known. None:
-# the call is not one of the sampling that is fused, and is to be left alone.
+# Called ahead of every call of the UNet with who is who in its batch, in order; empty where that is not known, so that
+# both roles are added. None: the call is not one of the sampling that is fused, and is to be left alone.
 Before = Callable[["Sequence[Row] | None"], None]
+
+
+def watched(
+    unet: nn.Module, who: Callable[[tuple[Any, ...], dict[str, Any]], Sequence[Row] | None], before: Before
+) -> Callable[[], None]:
+    """Has `before` called with what `who` reads of the arguments of every call of the UNet; returns what ends that.
+
+    What goes wrong in reading is logged once, and the batch is one that cannot be told apart: no picture ends here.
+    """
+    failed: list[Exception] = []
+
+    def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        rows: Sequence[Row] | None
+        try:
+            rows = who(args, kwargs)
+        except Exception as error:
+            rows = ()
+            if not failed:
+                failed.append(error)
+                _log.exception("a batch of the UNet could not be read")
+        before(rows)
+
+    return unet.register_forward_pre_hook(look, with_kwargs=True).remove
+
+
+def refuse_compiled(unet: nn.Module) -> None:
+    """Raises Unsupported for a UNet that is compiled as a whole or in part: its layers are then not called one by one.
+
+    Compiled code does not look for hooks that are added to it later.
+    """
+    for name, module in unet.named_modules():
+        if getattr(module, "_compiled_call_impl", None) is not None or type(module).__name__ == "OptimizedModule":
+            where = f" ({name})" if name else ""
+            raise Unsupported(f"the UNet is compiled{where}, so that its layers cannot be followed")
 
 
 class Host(Protocol):
@@ -68,7 +105,8 @@ class Host(Protocol):
         """
 
     def layers(self) -> Layers:
-        """The UNet's layers that the taken networks change, and what each role adds to them.
+        """The UNet's layers that the taken networks change, and what each role adds to them. Raises Unsupported for a
+        UNet whose layers cannot be followed.
 
         Asked ahead of every sampling, and again where a host announces one twice or changes its model under way.
         """

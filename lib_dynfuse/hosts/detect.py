@@ -11,11 +11,13 @@ from typing import Any
 from lib_dynfuse.hosts.a1111 import Automatic1111
 from lib_dynfuse.hosts.base import Host, Unsupported
 from lib_dynfuse.hosts.forge import Forge
-from lib_dynfuse.hosts.reforge import ForgeClassic, ForgeNeo, ReForge
+from lib_dynfuse.hosts.forge_neo import ForgeNeo, ForgeNeoByParameter
+from lib_dynfuse.hosts.reforge import ForgeClassic, ReForge
 
-# What a WebUI's source folder has and those after it have not.
+# What a WebUI's source folder has, as modules or as `module:attribute`, and those after it have not.
 _KINDS: tuple[tuple[tuple[str, ...], Any], ...] = (
-    (("modules_forge.packages.comfy",), ForgeNeo),
+    (("modules_forge.packages.comfy", "backend.patcher.lora:LoraLoader"), ForgeNeo),
+    (("modules_forge.packages.comfy",), ForgeNeoByParameter),
     (("modules_forge.unet_patcher", "ldm_patched.modules.weight_adapter"), ReForge),
     (("modules_forge.unet_patcher",), ForgeClassic),
     (("modules_forge",), Forge),
@@ -44,9 +46,11 @@ def detect() -> Host:
     return host
 
 
-def _is_there(folder: str) -> bool:
+def _is_there(what: str) -> bool:
+    if ":" in what:
+        return not lacking([what])
     try:
-        return importlib.util.find_spec(folder) is not None
+        return importlib.util.find_spec(what) is not None
     except ModuleNotFoundError:  # of what it would be in
         return False
 

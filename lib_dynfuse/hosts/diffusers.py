@@ -20,6 +20,7 @@ from lib_dynfuse.guidance.sources import Source
 from lib_dynfuse.hosts.adapters import Adapters, Layers, Network
 from lib_dynfuse.hosts.guided_steps import guided_steps
 from lib_dynfuse.hosts.latent_pictures import latent_decoder
+from lib_dynfuse.hosts.layer_reports import LayerReports
 from lib_dynfuse.hosts.lora_files import find_lora
 from lib_dynfuse.hosts.pipelines import open_pipeline
 from lib_dynfuse.hosts.samplers import make_sampler, sampler_name, sigmas
@@ -61,7 +62,7 @@ class Embedded:
         Raises DynFuseError for a model that cannot be opened (see `open_pipeline` for `config` and `download`).
         """
         device = device or default_device()
-        dtype = dtype or (torch.float32 if device == "cpu" else torch.float16)
+        dtype = dtype or (torch.float32 if torch.device(device).type == "cpu" else torch.float16)
         pipe = open_pipeline(Path(model), dtype, None if config is None else Path(config), download)
         return cls(pipe.to(device), Path(model).stem, None if lora_dir is None else Path(lora_dir), say)
 
@@ -127,13 +128,14 @@ class Embedded:
         ]
         self.pipe.set_progress_bar_config(disable=not progress, desc="Sampling", leave=False)
         with ExitStack() as stack:
-            fusion = None
+            fusion, reports = None, LayerReports(self.say, always_both=options.strategy == "sum")
             if layers:
                 window = (options.start, options.stop)
-                fusion = stack.enter_context(Fusion(layers, rule, trace, window=window))
+                fusion = Fusion(layers, rule, trace, window=window, failed=reports.failed)
+                stack.enter_context(fusion)
                 fusion.rows = rows
             stack.enter_context(guided_steps(self.pipe, guide, cfg if guided else None, steps, self.say))
-            pass_by_pass = _Steps(fusion, trace, noise)
+            pass_by_pass = _Steps(fusion, trace, noise, reports)
             pass_by_pass.move_to(0)
             return self.pipe(
                 **self._embeddings(text.text, negative, guided, networks, len(seeds)),
@@ -194,8 +196,9 @@ class Embedded:
 class _Steps:
     """Tells the fusion and the trace, after every step of the pipeline, where the generation stands."""
 
-    def __init__(self, fusion: Fusion | None, trace: Any, noise: Sequence[float]) -> None:
+    def __init__(self, fusion: Fusion | None, trace: Any, noise: Sequence[float], reports: LayerReports) -> None:
         self._fusion = fusion
+        self._reports = reports
         self._trace = trace
         self._noise = noise
 
@@ -207,6 +210,8 @@ class _Steps:
 
     def after_step(self, pipe: Any, step: int, time: Any, values: dict[str, Any]) -> dict[str, Any]:
         """The pipeline's callback."""
+        if step == 0 and self._fusion is not None and (reason := self._reports.unreached(self._fusion)):
+            raise DynFuseError(f"not fused: {reason}")
         if step + 1 < len(self._noise):
             self.move_to(step + 1)
         return values

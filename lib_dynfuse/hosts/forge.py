@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from lib_dynfuse.core.algebra import wide
 from lib_dynfuse.core.delta import Delta, Sum
 from lib_dynfuse.core.types import Role, Row
-from lib_dynfuse.errors import DynFuseError
-from lib_dynfuse.hosts.base import Before, Layers, Place, Tag
-from lib_dynfuse.hosts.forge_guiding import NO_XT, ForgeGuiding
+from lib_dynfuse.errors import DynFuseError, shown
+from lib_dynfuse.hosts.base import Before, Layers, Place, Tag, refuse_compiled, watched
+from lib_dynfuse.hosts.forge_guiding import NO_XT, ForgeGuiding, backend_vae
 from lib_dynfuse.hosts.forge_networks import Patch, deltas_of
 from lib_dynfuse.hosts.fused import apart
 from lib_dynfuse.hosts.reading import place_of, read_tags, staying
@@ -62,6 +62,7 @@ class Forge:
 
     name = "Forge"
     no_xt = NO_XT
+    _vae = staticmethod(backend_vae)
     needs: tuple[str, ...] = (
         "networks:loaded_networks",
         "backend.patcher.lora:LoraLoader.refresh",
@@ -71,7 +72,7 @@ class Forge:
     )
 
     def __init__(self, networks: Any) -> None:
-        self.guiding = ForgeGuiding()
+        self.guiding = ForgeGuiding(self._vae)
         self._networks = networks
         self._taken: list[Taken] = []
         self._mark = uuid.uuid4().hex
@@ -84,12 +85,14 @@ class Forge:
 
     def take(self, tags: Sequence[Tag]) -> list[str]:
         self.give_back()
-        files = {one.mentioned_name: one.network_on_disk.filename for one in self._networks.loaded_networks}
+        files = self._files()
         if missing := [tag.name for tag in tags if tag.name not in files]:
             # After one that does not exist the host has loaded none at all.
             known = {*self._networks.available_networks, *self._networks.available_network_aliases}
             gone = [name for name in missing if name not in known] or missing
-            raise DynFuseError(f"no LoRA {', '.join(gone)} was found; {self.name} then leaves out the others too")
+            raise DynFuseError(
+                f"no LoRA {shown(', '.join(gone))} was found; {self.name} then leaves out the others too"
+            )
         roles: dict[tuple[str, float], Role] = {}
         for tag in tags:
             if tag.role is not None and roles.setdefault((files[tag.name], tag.unet), tag.role) is not tag.role:
@@ -128,6 +131,7 @@ class Forge:
         return Taken(key, role, patches, plain, deltas, {name: patches[name] for name in left})
 
     def layers(self) -> Layers:
+        refuse_compiled(self._unet)
         self._install()
         deltas: dict[str, dict[Role, list[Delta]]] = {}
         for taken in self._taken:
@@ -156,6 +160,10 @@ class Forge:
             if objects.unet is ours:
                 objects.unet = before
         self._installed = None
+
+    def _files(self) -> dict[str, str]:
+        """By the name in a tag the file of each LoRA that the host has loaded."""
+        return {one.mentioned_name: one.network_on_disk.filename for one in self._networks.loaded_networks}
 
     @property
     def _model(self) -> Any:
@@ -189,7 +197,7 @@ class Forge:
         layer, name, weight = utils.get_attr_with_parent(model, key)
         weight = self._stored().get(key, weight)
         scale = getattr(layer, "scale_weight", None) if name == "weight" else None
-        whole = _dequantised(weight, scale).detach()
+        whole = dequantised(weight, scale).detach()
         patches = [patch for patches in plain for patch in patches.get(key, ())]
         if not patches:
             return whole
@@ -204,15 +212,14 @@ class Forge:
         return merged
 
     def watch(self, before: Before) -> Callable[[], None]:
-        def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def who(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Sequence[Row] | None:
             options = kwargs.get("transformer_options") or {}
             if options.get(MARK) != self._mark:
-                before(None)
-                return
+                return None
             x = args[0] if args else next(iter(kwargs.values()))
-            before(rows_of(options.get("cond_or_uncond", ()), x.shape[0], self._seeds))
+            return rows_of(options.get("cond_or_uncond", ()), x.shape[0], self._seeds)
 
-        return self._unet.register_forward_pre_hook(look, with_kwargs=True).remove
+        return watched(self._unet, who, before)
 
     def place(self, params: Any) -> Place:
         self._seeds = tuple(getattr(params.denoiser.p, "seeds", None) or ())
@@ -241,7 +248,7 @@ def _together(name: str, deltas: Mapping[Role, Sequence[Delta]]) -> dict[Role, D
     return found if len(found) < 2 else {role: apart(name, delta) for role, delta in found.items()}
 
 
-def _dequantised(weight: Tensor, scale: Tensor | None) -> Tensor:
+def dequantised(weight: Tensor, scale: Tensor | None) -> Tensor:
     if hasattr(weight, "bnb_quantized"):
         from backend.operations_bnb import functional_dequantize_4bit
 

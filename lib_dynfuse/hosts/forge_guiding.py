@@ -21,18 +21,15 @@ NO_XT = "it samples in inference mode and its UNet writes in place, so no gradie
 class ForgeGuiding:
     """See `hosts.guiding.Guiding`."""
 
-    no_xt = (
-        "Forge samples in inference mode and its UNet writes in place, so no gradient comes through it; use x0 or adam"
-    )
-
-    def __init__(self) -> None:
+    def __init__(self, vae: Callable[[], Decoder] | None = None) -> None:
+        self._load_vae = vae or backend_vae
         self._expecting = False
         self._denoiser: Any = None
         self._uncond: Tensor | None = None
         self._cfg = False
 
     def decoder(self, kind: str, download: bool) -> tuple[Decoder, str]:
-        return decoder(kind, download, _vae)
+        return decoder(kind, download, self._load_vae)
 
     def begin(self, through_unet: bool) -> Callable[[], None]:
         from modules import shared
@@ -54,8 +51,7 @@ class ForgeGuiding:
 
     def expect(self, params: Any, through_unet: bool) -> bool:
         self._expecting, self._denoiser, self._uncond = True, params.denoiser, None
-        p = params.denoiser.p
-        self._cfg = (p.hr_cfg if getattr(p, "is_hr_pass", False) else p.cfg_scale) > 1
+        self._cfg = cfg_of(params.denoiser.p) > 1
         return True
 
     def predicted(self, params: Any) -> None:
@@ -70,7 +66,17 @@ class ForgeGuiding:
         params.x = inside(mask, before, after)
 
 
-def _vae() -> Decoder:
+def cfg_of(p: Any) -> float:
+    """The guidance scale of the pass under way; a hires pass has its own under one of two names."""
+    if getattr(p, "is_hr_pass", False):
+        own = getattr(p, "hr_cfg", getattr(p, "hr_cfg_scale", None))
+        if own:
+            return float(own)
+    return float(p.cfg_scale)
+
+
+def backend_vae() -> Decoder:
+    """Of Forge and Forge Neo."""
     from backend import memory_management
     from modules import shared
 
@@ -79,3 +85,16 @@ def _vae() -> Decoder:
         module: Any = differentiable(vae.first_stage_model).requires_grad_(False)
         module = module.to(device=memory_management.get_torch_device(), dtype=vae.vae_dtype)
     return VaeDecoder(lambda z: module.decode(module.process_out(z)), dtype=vae.vae_dtype)
+
+
+def ldm_patched_vae() -> Decoder:
+    """Of reForge and Forge Classic, which scale latents outside of the VAE."""
+    from ldm_patched.modules import model_management
+    from modules import shared
+
+    objects = shared.sd_model.forge_objects
+    latents = objects.unet.model.model_config.latent_format
+    with torch.inference_mode(False):
+        module: Any = differentiable(objects.vae.first_stage_model).requires_grad_(False)
+        module = module.to(device=model_management.get_torch_device(), dtype=objects.vae.vae_dtype)
+    return VaeDecoder(lambda z: module.decode(latents.process_out(z)), dtype=objects.vae.vae_dtype)

@@ -118,6 +118,8 @@ class _Parameter:
             inner = self._of(wide(inner.bias) * strength)
         else:
             inner = Scaled(strength, inner)
+        if strength == 0.0:
+            inner = Scaled(0.0, inner)  # also where the host made ΔW of it
         if rows is None:
             return inner
         return Rows(inner, rows.start, rows.stop, None if self._shape is None else self._shape[0])

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lib_dynfuse.guidance.guide import Guide
 from lib_dynfuse.guidance.nudge import is_out_of_memory
+from lib_dynfuse.hosts.checkpointing import without_checkpointing
 from lib_dynfuse.hosts.guiding import frozen
 
 # Schedulers whose latent is x0 + σ · noise; the others' is what the UNet sees.
@@ -126,6 +127,7 @@ def guided_steps(
         stack.enter_context(_replaced(pipe.unet, "forward", nudged.forward))
         if guide.through_unet:
             stack.enter_context(frozen(pipe.unet))
+            stack.enter_context(without_checkpointing(pipe.unet))
         yield
 
 

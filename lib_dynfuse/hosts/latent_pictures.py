@@ -7,11 +7,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lib_dynfuse.guidance.decoders import Decoder, TaesdDecoder, VaeDecoder, linear
 from lib_dynfuse.guidance.libraries import in_a_line
 from lib_dynfuse.guidance.sources import HUB, Source
+from lib_dynfuse.hosts.guiding import frozen
 
 # A picture of 512 pixels is decoded as it is; larger ones would take the memory of a second UNet.
 VAE_SIDE = 64
@@ -62,13 +63,13 @@ def _vae_decoder(vae: Any) -> Decoder:
     if config.get("force_upcast") and vae.dtype == torch.float16:
         # Its activations are too large for half precision.
         vae = copy.deepcopy(vae).float()
-    frozen_copy: nn.Module = vae.requires_grad_(False)
     mean, std = (_per_channel(config.get(name), vae) for name in ("latents_mean", "latents_std"))
 
     def decode(latent: Tensor) -> Tensor:
         if mean is not None and std is not None:
             latent = latent * std + mean
-        picture: Tensor = frozen_copy.decode(latent, return_dict=False)[0]  # type: ignore[operator]
+        with frozen(vae):  # it may be the pipeline's own, whose parameters are not ours to change
+            picture: Tensor = vae.decode(latent, return_dict=False)[0]
         return picture
 
     return VaeDecoder(decode, config.scaling_factor, config.get("shift_factor") or 0.0, vae.dtype, VAE_SIDE)

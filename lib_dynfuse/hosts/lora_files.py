@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
-from lib_dynfuse.errors import DynFuseError
+from lib_dynfuse.errors import DynFuseError, shown
 
 _SUFFIX = ".safetensors"
 _OLD_SUFFIXES = (".pt", ".ckpt", ".bin", ".pth")
+_LONGEST_NAME = 255
+# A convolution over space and time has 5.
+_MOST_DIMENSIONS = 5
 # Other kinds of network, by how the last part of their keys begins.
 _OTHER_KINDS = {
     "hada_": "a LoHa",
@@ -78,31 +85,44 @@ def find_lora(folder: Path | None, name: str) -> Path:
 
     Raises DynFuseError that lists what there is, the closest names first.
     """
+    tag = f"<lora:{shown(name)}>"
     if folder is None:
-        raise DynFuseError(f"<lora:{name}>: no LoRA folder is given; name it with --lora-dir")
+        raise DynFuseError(f"{tag}: no LoRA folder is given; name it with --lora-dir")
     if not folder.is_dir():
         raise DynFuseError(f"LoRA folder {folder} does not exist")
-    files = {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob(f"*{_SUFFIX}"))}
+    every = [path.relative_to(folder) for path in _walk(folder)]
+    files = {path.with_suffix("").as_posix(): folder / path for path in every if path.suffix == _SUFFIX}
     wanted = name.strip().removesuffix(_SUFFIX)
     found = [path for key, path in files.items() if wanted in (key, path.stem)]
     if len(found) > 1 and wanted in files:
         found = [files[wanted]]
     if len(found) > 1:
-        raise DynFuseError(
-            f"<lora:{name}>: several files have this name: {_listing(map(str, found))}; write its folder too"
-        )
+        raise DynFuseError(f"{tag}: several files have this name: {_listing(map(str, found))}; write its folder too")
     if found:
+        if not found[0].is_file():
+            raise DynFuseError(f"{tag}: {found[0].name} is no file, or a link to one that is not there")
         return found[0]
-    old = next((path for suffix in _OLD_SUFFIXES for path in folder.rglob(f"*{suffix}") if path.stem == wanted), None)
+    old = next((path for path in every if path.suffix in _OLD_SUFFIXES and path.stem == wanted), None)
     if old is not None:
-        raise DynFuseError(f"<lora:{name}>: {old.name} is not a {_SUFFIX} file; convert it first")
+        raise DynFuseError(f"{tag}: {old.name} is not a {_SUFFIX} file; convert it first")
     if not files:
-        raise DynFuseError(f"<lora:{name}>: no {_SUFFIX} file in {folder}")
-    close = difflib.get_close_matches(wanted, files, n=3, cutoff=0.5)
+        raise DynFuseError(f"{tag}: no {_SUFFIX} file in {folder}")
+    close = difflib.get_close_matches(wanted, files, n=3, cutoff=0.5) if len(wanted) <= _LONGEST_NAME else []
     hint = f" (did you mean {close[0]}?)" if close else ""
-    raise DynFuseError(
-        f"<lora:{name}>: not in {folder}{hint}; there is {_listing([*close, *(set(files) - set(close))])}"
-    )
+    raise DynFuseError(f"{tag}: not in {folder}{hint}; there is {_listing([*close, *(set(files) - set(close))])}")
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    """Every file below a folder, in the order of their names; as in the WebUIs, linked folders too, each once."""
+    seen: set[str] = set()
+    for root, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(root)
+        if real in seen:  # a link that leads back
+            folders.clear()
+            continue
+        seen.add(real)
+        folders.sort()
+        yield from (Path(root, name) for name in sorted(files))
 
 
 def _listing(names: object, most: int = 12) -> str:
@@ -123,20 +143,36 @@ def open_lora(path: Path) -> LoraFile:
         with safe_open(path, framework="pt") as file:
             metadata = dict(file.metadata() or {})
             for key in file.keys():  # noqa: SIM118 - a safetensors handle is no mapping
-                tensor = file.get_tensor(key)
-                shapes[key] = tuple(tensor.shape)
-                if tensor.numel() == 0:
-                    raise DynFuseError(f"{path.name}: rank 0 in {key}, shape {list(tensor.shape)}: it holds nothing")
-                if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-                    raise DynFuseError(f"{path.name}: NaN or infinite weights in {key}")
+                shapes[key] = tuple(file.get_slice(key).get_shape())
+                _check_tensor(f"{path.name}: {shown(key)}", shapes[key], partial(file.get_tensor, key))
     except (SafetensorError, OSError) as error:
-        raise DynFuseError(f"{path.name}: damaged, or not a {_SUFFIX} file ({error})") from error
+        raise DynFuseError(f"{path.name}: damaged, or not a {_SUFFIX} file ({shown(str(error))})") from error
     lora = LoraFile(path.stem, path, shapes, metadata)
     if lora.kind is not None:
         raise DynFuseError(
             f"{path.name}: {lora.kind} network, which diffusers cannot read; use a LoRA, or a DoRA in peft's layout"
         )
     if not any("lora" in key for key in shapes):
-        held = f"its first key is {next(iter(shapes))}" if shapes else "it holds no tensors"
+        held = f"its first key is {shown(next(iter(shapes)))}" if shapes else "it holds no tensors"
         raise DynFuseError(f"{path.name}: not a LoRA: {held}")
     return lora
+
+
+def _check_tensor(where: str, shape: tuple[int, ...], read: Callable[[], Tensor]) -> None:
+    """Raises DynFuseError that begins with `where`, for a tensor that no network has."""
+    if 0 in shape:
+        raise DynFuseError(f"{where} is of rank 0, shape {list(shape)[:_MOST_DIMENSIONS]}: it holds nothing")
+    if len(shape) > _MOST_DIMENSIONS:
+        raise DynFuseError(f"{where} has {len(shape)} dimensions, at most {_MOST_DIMENSIONS} are known")
+    try:
+        tensor = read()
+    except (SafetensorError, OSError):
+        raise
+    except Exception as error:  # safetensors knows more kinds of numbers than torch
+        raise DynFuseError(f"{where} cannot be read ({shown(str(error))})") from error
+    if not tensor.is_floating_point():
+        return
+    if tensor.itemsize == 1:  # 8 bits: torch computes little with them
+        tensor = tensor.float()
+    if not torch.isfinite(tensor).all():
+        raise DynFuseError(f"{where} has NaN or infinite weights")

@@ -8,12 +8,18 @@ from typing import Any
 from lib_dynfuse.core.types import Role
 from lib_dynfuse.errors import DynFuseError
 from lib_dynfuse.hosts.base import Place, Tag
-from lib_dynfuse.roles import parse_role
+from lib_dynfuse.roles import RoleError, parse_role, strengths
 
 
 def read_tags(networks: Mapping[str, Sequence[Any]]) -> list[Tag]:
-    """The LoRAs of the prompt as the host has split them. Raises DynFuseError for a role that cannot be read."""
-    tags = [_tag(params.items) for kind in ("lora", "lyco") for params in networks.get(kind, ())]
+    """The LoRAs of the prompt as the host has split them.
+
+    Raises DynFuseError for a role that cannot be read, and for a strength at which the host gave all LoRAs up.
+    """
+    written = [params for kind in ("lora", "lyco") for params in networks.get(kind, ())]
+    for params in written:
+        _check_strengths(params)
+    tags = [_tag(params.items) for params in written]
     roles: dict[str, Role] = {}
     for tag in tags:
         if tag.role is not None and roles.setdefault(tag.name, tag.role) is not tag.role:
@@ -21,12 +27,25 @@ def read_tags(networks: Mapping[str, Sequence[Any]]) -> list[Tag]:
     return tags
 
 
+def _raw(items: Sequence[Any]) -> str:
+    return f"<lora:{':'.join(map(str, items))}>"
+
+
+def _check_strengths(params: Any) -> None:
+    """Looks at the host's own reading, from which an extension takes away what only that extension can read."""
+    positional = [str(one) for one in getattr(params, "positional", params.items[:1])]
+    named = {str(key): str(value) for key, value in getattr(params, "named", {}).items()}
+    try:
+        strengths(_raw(params.items), positional, named)
+    except RoleError as error:
+        raise RoleError(f"{error}; for a number that it cannot read, the WebUI leaves out all LoRAs") from error
+
+
 def _tag(items: Sequence[Any]) -> Tag:
     """One tag as the host has split it at its colons. Raises RoleError.
 
     Read from `items`: extensions that move strengths with the steps empty the host's own reading of them.
     """
-    raw = f"<lora:{':'.join(map(str, items))}>"
     positional: list[str] = []
     named: dict[str, str] = {}
     for item in map(str, items):
@@ -35,7 +54,7 @@ def _tag(items: Sequence[Any]) -> Tag:
             named[key.strip().lower()] = value
         else:
             positional.append(item)
-    role = parse_role(named["role"], raw) if "role" in named else None
+    role = parse_role(named["role"], _raw(items)) if "role" in named else None
     # The text encoder's strength is the UNet's too where the UNet has none.
     strength = (
         named.get("unet")

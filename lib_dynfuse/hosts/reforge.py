@@ -1,15 +1,15 @@
-"""The WebUIs that come from Forge: reForge, Forge Classic and Forge Neo.
+"""reForge and Forge Classic, which come from Forge.
 
-reForge and Classic keep the patches of all LoRAs in one list per parameter, without the files' names. Loading a file
-alone, with the host's own code, tells which of them are its. Those that stay are the host's own and in its order, so
-what is merged is what the host would have made without the LoRAs that have a role.
+They keep the patches of all LoRAs in one list per parameter, without the files' names. Loading a file alone, with the
+host's own code, tells which of them are its. Those that stay are the host's own and in its order, so what is merged is
+what the host would have made without the LoRAs that have a role.
 """
 
 from __future__ import annotations
 
 import inspect
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor
 from lib_dynfuse.core.types import Role
 from lib_dynfuse.hosts.base import Tag, Unsupported
 from lib_dynfuse.hosts.forge import MARK, Forge, Patches, Taken
+from lib_dynfuse.hosts.forge_guiding import ldm_patched_vae
 from lib_dynfuse.hosts.forge_networks import Patch
 
 _NO_FILE = ("", 0.0)  # of the patches that no file with a role has
@@ -32,7 +33,7 @@ class _Value(tuple[Any, ...]):
     own: Any
 
 
-class _Related(Forge):
+class Related(Forge):
     """A host whose patches have another form than Forge's: they are shown to our code in Forge's, to it in its own."""
 
     def _divide(self, key: tuple[Any, ...], role: Role, patches: Patches, plain: Sequence[Patches]) -> Taken:
@@ -49,16 +50,11 @@ class _Related(Forge):
         return super()._merge(patches, weight)
 
 
-class ForgeNeo(_Related):
-    """Forge with the patches of ComfyUI, which are objects."""
-
-    name = "Forge Neo"
-
-
-class ReForge(_Related):
+class ReForge(Related):
     """reForge; it knows by a number whether it has to merge anew."""
 
     name = "reForge"
+    _vae = staticmethod(ldm_patched_vae)
     _shared_needs = (
         "networks:loaded_networks",
         "networks:load_lora_for_models",
@@ -67,11 +63,12 @@ class ReForge(_Related):
         "modules_forge.unet_patcher:UnetPatcher.clone",
         "modules_forge.unet_patcher:UnetPatcher.set_transformer_option",
     )
-    needs = (*_shared_needs, "ldm_patched.modules.lora:calculate_weight")
+    needs: tuple[str, ...] = (*_shared_needs, "ldm_patched.modules.lora:calculate_weight")
 
     def __init__(self, networks: Any) -> None:
         super().__init__(networks)
         self._tags: list[Tag] = []
+        self._ours: Any = None  # the patcher that was installed last
         # The host's patcher with all LoRAs, the files that were asked for, and the patches by file.
         self._sorted: tuple[Any, list[tuple[str, float]], dict[tuple[Any, ...], Patches]] | None = None
 
@@ -99,7 +96,7 @@ class ReForge(_Related):
         after = self._model.forge_objects_after_applying_lora
         if after is None:  # Classic's way to say that no LoRA is loaded
             return {}
-        files = {one.mentioned_name: one.network_on_disk.filename for one in self._networks.loaded_networks}
+        files = self._files()
         wanted = [(files[tag.name], tag.unet) for tag in self._tags]
         if self._sorted is None or self._sorted[0] is not after.unet or self._sorted[1] != wanted:
             self._sorted = (after.unet, wanted, self._sort(after.unet.patches, wanted))
@@ -115,10 +112,10 @@ class ReForge(_Related):
                     same = [one for one in rest.get(key, ()) if _is_same(one, patch)]
                     if not same:
                         continue
-                    # The same file may be there with several strengths.
-                    its = next((one for one in same if one[0] == strength), same[0])
-                    rest[key] = [one for one in rest[key] if one is not its]
-                    found.setdefault((file, strength), {}).setdefault(key, []).append(its)
+                    # The same file may be there with several strengths, or twice with one.
+                    its = [one for one in same if one[0] == strength] or same[:1]
+                    rest[key] = [one for one in rest[key] if not any(one is mine for mine in its)]
+                    found.setdefault((file, strength), {}).setdefault(key, []).extend(its)
         return {**found, _NO_FILE: rest}
 
     def _alone(self, file: str) -> Patches:
@@ -127,10 +124,12 @@ class ReForge(_Related):
         bare = objects.unet.clone()
         bare.patches = {}
         # Classic counts keys of the text encoder as unknown where it is given none.
-        network = self._networks.load_lora_state_dict(file)
-        unet, _ = self._networks.load_lora_for_models(bare, objects.clip, network, 1.0, 1.0, filename=file)
+        unet, _ = self._networks.load_lora_for_models(bare, objects.clip, self._read(file), 1.0, 1.0, filename=file)
         patches: Patches = unet.patches
         return patches
+
+    def _read(self, file: str) -> Any:
+        return self._networks.load_lora_state_dict(file)
 
     def _install(self) -> None:
         objects = self._model.forge_objects
@@ -151,6 +150,7 @@ class ReForge(_Related):
             patcher.patches_uuid = uuid.uuid5(before.patches_uuid, f"without {len(chosen)} patches of {keys}")
         patcher.set_transformer_option(MARK, self._mark)
         _announce(patcher)
+        self._ours = patcher
         self._installed = (objects, before, patcher)
         objects.unet = patcher
 
@@ -193,34 +193,117 @@ class ForgeClassic(ReForge):
     name = "Forge Classic"
     needs = (*ReForge._shared_needs, "modules_forge.unet_patcher:UnetPatcher.calculate_weight")
 
+    def __init__(self, networks: Any) -> None:
+        super().__init__(networks)
+        # Of the last `take`: the host's patcher with all LoRAs, and where each name's file is.
+        self._last: Any = None
+        self._known: dict[str, str] = {}
+
+    def take(self, tags: Sequence[Tag]) -> list[str]:
+        """Also takes what an earlier prompt of this generation has left: the host adds a hires prompt's LoRAs to those
+        of the prompt itself."""
+        self._check()
+        self._restack()
+        self._known |= self._files()
+        stacked = self._stacked(tags)
+        said = super().take([*tags, *stacked])
+        after = self._model.forge_objects_after_applying_lora
+        self._last = None if after is None else after.unet
+        return [*said, *self._differing(tags, stacked)]
+
+    def _check(self) -> None:
+        super()._check()
+        status = getattr(self._model.forge_objects.unet, "patch_status", None)
+        if status is not None:
+            _noting(status)
+
+    def _files(self) -> dict[str, str]:
+        return {**self._known, **super()._files()}
+
+    def _restack(self) -> None:
+        """The host has added LoRAs to our patcher, which was in place: they are to be added to its own."""
+        after = self._model.forge_objects_after_applying_lora
+        if after is None or self._last is None or after.unet is self._last:
+            return
+        options = after.unet.model_options.get("transformer_options", {})
+        if options.get(MARK) != self._mark or self._ours is None:
+            return
+        before = {id(patch) for listed in self._ours.patches.values() for patch in listed}
+        whole = self._last.clone()
+        for key, listed in after.unet.patches.items():
+            added = [patch for patch in listed if id(patch) not in before]
+            if added:
+                whole.patches[key] = [*whole.patches.get(key, ()), *added]
+        after.unet = whole
+        _announce(whole)
+
+    def _stacked(self, tags: Sequence[Tag]) -> list[Tag]:
+        """Of the last `take` those that are still there and that no tag names now."""
+        after = self._model.forge_objects_after_applying_lora
+        if after is None:
+            return []
+        there = {id(patch) for listed in after.unet.patches.values() for patch in listed}
+        files = self._files()
+        named = {(files.get(tag.name), tag.unet) for tag in tags}
+        names = {file: name for name, file in files.items()}
+        return [
+            Tag(names[taken.key[0]], taken.key[1], taken.role)
+            for taken in self._taken
+            if taken.key[:2] not in named
+            and any(id(patch) in there for listed in taken.patches.values() for patch in listed)
+        ]
+
+    def _differing(self, tags: Sequence[Tag], stacked: Sequence[Tag]) -> list[str]:
+        roles = {tag.name: tag.role for tag in tags if tag.role is not None}
+        return [
+            f"{self.name} keeps the prompt's LoRAs in the hires pass, besides the hires prompt's own: {tag} stays "
+            f"{tag.role.value}, although {tag.name} has another role there"
+            for tag in stacked
+            if tag.role is not None and roles.get(tag.name, tag.role) is not tag.role
+        ]
+
     def _calculate(self, patches: list[tuple[Any, ...]], weight: Tensor) -> Tensor:
         merged: Tensor = self._model.forge_objects.unet.calculate_weight(patches, weight, "")
         return merged
 
 
 def _announce(patcher: Any) -> None:
-    """Classic counts changes, over all clones of a patcher, to know whether it has to merge anew."""
+    """Classic notes changes, over all clones of a patcher, to know whether it has to merge anew."""
     status = getattr(patcher, "patch_status", None)
-    if status is not None:
-        status.update()
+    if status is None:
+        return
+    _noting(status)()
+    if hasattr(status, "l_cache"):
+        # With `--persistent-patches` it takes off what is merged only where the prompt's LoRAs are others.
+        status.l_cache = None
+
+
+def _noting(status: Any) -> Callable[[], Any]:
+    """Of a `PatchStatus` what notes a change; since May 2025 it has another name. Raises Unsupported."""
+    for name in ("on_add_patches", "update"):
+        found: Callable[[], Any] | None = getattr(status, name, None)
+        if found is not None:
+            return found
+    raise Unsupported(f"{type(status).__name__} of the UNet's patcher has neither on_add_patches nor update")
 
 
 def _as_forge(patch: Patch) -> Patch:
     """A patch as Forge would have it: `[strength, (kind, values), strength_model, offset, function]`."""
     strength, own, strength_model, *rest = patch
+    offset, function = rest[:2] or (None, None)  # Forge Neo has a sixth value, which says whether it is merged at all
     if hasattr(own, "calculate_weight"):
         kind, values = own.name, tuple(own.weights)
     elif isinstance(own, tuple) and len(own) == 2 and isinstance(own[0], str):
         kind, values = own
     else:
-        return [strength, own, strength_model, *(rest or (None, None))]
+        return [strength, own, strength_model, offset, function]
     length = _LENGTHS.get(kind, len(values))
     values = (*values, *(None for _ in range(length - len(values))))
     if all(one is None for one in values[length:]):
         values = values[:length]
     shown = _Value((kind, values))
     shown.own = own
-    return [strength, shown, strength_model, *(rest or (None, None))]
+    return [strength, shown, strength_model, offset, function]
 
 
 def _is_same(one: Patch, other: Patch) -> bool:

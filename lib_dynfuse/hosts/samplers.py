@@ -10,7 +10,7 @@ import numpy as np
 
 from lib_dynfuse.errors import DynFuseError
 
-_SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
+SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
     "Euler": ("EulerDiscreteScheduler", {}),
     "Euler a": ("EulerAncestralDiscreteScheduler", {}),
     "Heun": ("HeunDiscreteScheduler", {}),
@@ -31,10 +31,6 @@ _SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
 _LEAST_ALPHA = 2.0**-24
 
 
-def sampler_names() -> list[str]:
-    return list(_SAMPLERS)
-
-
 def make_sampler(own: Any, name: str | None) -> Any:
     """A fresh scheduler: `name` with the model's noise schedule, or the model's own kind where `name` is None.
 
@@ -42,13 +38,13 @@ def make_sampler(own: Any, name: str | None) -> Any:
     """
     if name is None:
         return type(own).from_config(own.config)
-    known = {sampler.lower(): sampler for sampler in _SAMPLERS}
+    known = {sampler.lower(): sampler for sampler in SAMPLERS}
     wanted = name.strip().lower()
     if wanted not in known:
         close = difflib.get_close_matches(wanted, known, n=1)
         hint = f" (did you mean {known[close[0]]}?)" if close else ""
-        raise DynFuseError(f"unknown sampler {name!r}{hint}; there are: {', '.join(_SAMPLERS)}")
-    kind, settings = _SAMPLERS[known[wanted]]
+        raise DynFuseError(f"unknown sampler {name!r}{hint}; there are: {', '.join(SAMPLERS)}")
+    kind, settings = SAMPLERS[known[wanted]]
     return getattr(diffusers, kind).from_config(own.config, **settings)
 
 
@@ -57,7 +53,7 @@ def sampler_name(sampler: Any) -> str:
     kind = type(sampler).__name__
     fits = [
         (len(settings), name)
-        for name, (scheduler, settings) in _SAMPLERS.items()
+        for name, (scheduler, settings) in SAMPLERS.items()
         if scheduler == kind and all(sampler.config.get(key) == value for key, value in settings.items())
     ]
     return max(fits)[1] if fits else kind

@@ -62,6 +62,7 @@ def heat_map(record: Record, image: int = 0) -> Figure:
         _draw_curve(_axes(figure, left=0.9, top=0.65 + height + 0.35, width=width, height=_CURVE), record, image, steps)
     shares = record.shares().get(image)
     title = f"{shares['subject']:.0%} subject, {shares['style']:.0%} style" if shares else "nothing was chosen"
+    title = f"{title} of the weights" if shares and record.weighed else title
     title = f"{title}; nudged" if nudged else title
     figure.text(0.9 / figure.get_figwidth(), 1 - 0.3 / figure.get_figheight(), title, fontsize=_TEXT + 2)
     return figure

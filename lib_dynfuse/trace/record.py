@@ -50,6 +50,8 @@ class Record:
         only of layers that were decided token by token, and only if the trace was asked for tokens.
     nudges: step -> what a nudge makes smaller (R of arXiv 2602.15539) before that step's nudge, for each picture; NaN
         where it is not known. Only of steps that were nudged.
+    weighed: whether a layer got some of both roles, so that shares are of weights and not of layers.
+    names: role -> the names of its LoRAs, for a person to read; empty where they are not known.
     """
 
     layers: list[str]
@@ -57,6 +59,8 @@ class Record:
     values: Array
     tokens: dict[str, Array] = field(default_factory=dict)
     nudges: dict[int, list[float]] = field(default_factory=dict)
+    weighed: bool = False
+    names: dict[str, list[str]] = field(default_factory=dict)
 
     @property
     def images(self) -> list[int]:
@@ -102,10 +106,17 @@ class Record:
                 found[image] = {"subject": 1 - style, "style": style}
         return found
 
+    def in_words(self, share: Mapping[str, float]) -> str:
+        """One picture's part of `shares`, as in "subject fox 61% style ink 39%"; of weights it says so."""
+        words = [" ".join([role, *self.names.get(role, ()), f"{part:.0%}"]) for role, part in share.items()]
+        return " ".join([*words, *(["of the weights"] if self.weighed else [])])
+
     def dumps(self) -> str:
         """The record as JSON; numbers keep six significant digits, NaN and infinity become null."""
         content = {
             "format": FORMAT,
+            "weighed": self.weighed,
+            "names": self.names,
             "layers": self.layers,
             "passes": [
                 {
@@ -154,7 +165,8 @@ class Record:
             int(one["step"]): [math.nan if value is None else float(value) for value in one["r"]]
             for one in content.get("nudges", ())  # older traces have none
         }
-        return cls(layers, passes, values, tokens, nudges)
+        names = {role: list(listed) for role, listed in content.get("names", {}).items()}
+        return cls(layers, passes, values, tokens, nudges, bool(content.get("weighed", False)), names)
 
     def to_csv(self, path: Path) -> None:
         """Write one line for each pass, layer and batch item for which something was recorded."""

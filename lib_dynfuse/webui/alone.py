@@ -1,14 +1,14 @@
 """Pictures by one role's LoRAs alone, made in the WebUI itself: what guidance compares with where nothing was given.
 
-METHOD.md, section 1: "image generated with the subject LoRA alone". They are made in the script's `process`, when
+docs/method.md, section 1: "image generated with the subject LoRA alone". They are made in the script's `process`, when
 prompts and seeds of a run are known and nothing of it has begun.
 """
 
 from __future__ import annotations
 
+import importlib
 import logging
 import re
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
@@ -23,6 +23,7 @@ from lib_dynfuse.core.types import Role
 from lib_dynfuse.errors import DynFuseError
 from lib_dynfuse.guidance.references import Cache, Wanted, find_preview
 from lib_dynfuse.hosts.reading import read_tags
+from lib_dynfuse.webui.loras import on_disk
 
 # The host's own pattern of whatever it takes out of a prompt.
 _NETWORK = re.compile(r"<(\w+):([^>]+)>")
@@ -68,7 +69,7 @@ def reference_cache() -> Cache:
 
 def preview_of(name: str) -> Path | None:
     """The picture that the WebUI shows for a LoRA, by the name or the alias in its tag; None where there is none."""
-    found = _on_disk(name)
+    found = on_disk(name)
     return None if found is None else find_preview(Path(found.filename))
 
 
@@ -165,30 +166,13 @@ class _Tag:
 
     def file(self) -> str:
         """Which file, and which version of it. Raises DynFuseError where the LoRA of a role is not there."""
-        found = _on_disk(self._name)
+        found = on_disk(self._name)
         if found is None:
             if self.role is not None:
                 raise _not_made(self.role, f"no LoRA {self._name} was found")
             return ""
         found.read_hash()
         return f"{found.hash or found.name} {_version(found.filename)}"
-
-
-def _on_disk(name: str) -> Any:
-    """The host's entry of a LoRA, found as it finds it itself."""
-    networks: Any = sys.modules.get("networks")
-    if networks is None:
-        return None
-
-    def look() -> Any:
-        forbidden = name.lower() in networks.forbidden_network_aliases
-        return (networks.available_networks if forbidden else networks.available_network_aliases).get(name)
-
-    found = look()
-    if found is None:
-        networks.list_available_networks()
-        found = look()
-    return found
 
 
 def _version(filename: str) -> str:
@@ -244,6 +228,7 @@ def _stopped(state: Any) -> str:
 
 def _processing(p: Any, batch: Sequence[_Picture]) -> Any:
     from modules.processing import StableDiffusionProcessingTxt2Img
+    from modules.scripts import ScriptRunner
 
     inner = StableDiffusionProcessingTxt2Img(
         prompt=[f"{one.text}{one.networks}" for one in batch],
@@ -260,6 +245,8 @@ def _processing(p: Any, batch: Sequence[_Picture]) -> Any:
     for name in _SAME:
         if hasattr(p, name):
             setattr(inner, name, getattr(p, name))
+    # None runs, but reForge looks for one of its own in every run.
+    inner.scripts, inner.script_args = ScriptRunner(), ()
     # The host keeps the last prompts encoded for the next run: those of the run itself are to stay.
     inner.cached_c, inner.cached_uc = [None] * len(inner.cached_c), [None] * len(inner.cached_uc)
     return inner
@@ -275,14 +262,15 @@ def _tensor(image: Any) -> Tensor:
 @contextmanager
 def _aside(p: Any, batches: int) -> Iterator[None]:
     """What the host keeps for the one run that is under way is, afterwards, as it was."""
-    from modules import sd_hijack, sd_models, shared
+    from modules import sd_models, shared
 
     gpus = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with ExitStack() as stack, torch.random.fork_rng(gpus):
 
         def put(owner: Any, name: str, value: Any) -> None:
-            stack.callback(setattr, owner, name, getattr(owner, name))
-            setattr(owner, name, value)
+            if hasattr(owner, name):  # not every host has all of them
+                stack.callback(setattr, owner, name, getattr(owner, name))
+                setattr(owner, name, value)
 
         state = shared.state
         for name, value in (
@@ -292,7 +280,7 @@ def _aside(p: Any, batches: int) -> Iterator[None]:
             ("sampling_step", 0),
             ("sampling_steps", p.steps),
             ("current_latent", None),
-            ("current_image", state.current_image),
+            ("current_image", getattr(state, "current_image", None)),
             ("current_image_sampling_step", 0),
             ("textinfo", None),
         ):
@@ -301,10 +289,17 @@ def _aside(p: Any, batches: int) -> Iterator[None]:
         stack.callback(lambda bar: bar.clear(), shared.total_tqdm)
         # Else the text of the last run, which a person may read back, would be that of ours.
         put(shared.cmd_opts, "no_prompt_history", True)
-        for owner in (getattr(sd_hijack, "model_hijack", None), shared.sd_model):
+        for owner in (_hijack(), shared.sd_model):
             for name in ("comments", "extra_generation_params"):
-                if hasattr(owner, name):
-                    put(owner, name, getattr(owner, name))
+                put(owner, name, getattr(owner, name, None))
         if hasattr(shared.sd_model, "applied_token_merged_ratio"):  # which the host takes back after each run
             stack.callback(sd_models.apply_token_merging, shared.sd_model, p.get_token_merging_ratio())
         yield
+
+
+def _hijack() -> Any:
+    """What collects comments on hosts that change the model's own classes; Forge Neo has none."""
+    try:
+        return importlib.import_module("modules.sd_hijack").model_hijack
+    except (ImportError, AttributeError):
+        return None

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import io
 from collections.abc import Mapping
 from typing import Any
 
 from lib_dynfuse import __version__
 from lib_dynfuse.core.strategies import Parameter, strategies
-from lib_dynfuse.options import FIELDS, PRESETS, Options, OptionsError
-from lib_dynfuse.trace import Record, pictures
-from lib_dynfuse.webui.arguments import ORDER, PICTURES, read_arguments
-from lib_dynfuse.webui.generation import TITLE
+from lib_dynfuse.errors import quoted, shown
+from lib_dynfuse.guidance.pictures import PictureError
+from lib_dynfuse.options import FIELDS, PRESETS, OptionsError
+from lib_dynfuse.trace import pictures
+from lib_dynfuse.webui import references, traces
+from lib_dynfuse.webui.arguments import ORDER, read_arguments
+from lib_dynfuse.webui.generation import TITLE, TRACE_KEY
 
 PREFIX = "/dynfuse/v1"
 CHECKED_ROUTES = ("/sdapi/v1/txt2img", "/sdapi/v1/img2img")
@@ -87,19 +91,25 @@ class TraceError(Exception):
         self.status = status
 
 
-def trace_content(record: Record | None, format: str, image: int) -> tuple[bytes, str]:
-    """The last generation's record as JSON, or one picture's heat map as PNG; and the media type.
+def trace_content(id: str, format: str, image: int | None) -> tuple[bytes, str]:
+    """The record that a picture's answer names, as JSON, or a heat map of that picture as PNG; and the media type.
 
-    Raises TraceError when there is no record, no such picture in it, or no such format.
+    `image`: another picture of the same batch. Raises TraceError when there is no such record, picture or format.
     """
     if format not in ("json", "png"):
-        raise TraceError(422, f"format: {format!r} is not known; allowed: json, png")
-    if record is None:
-        raise TraceError(404, "nothing was recorded yet; generate with enabled and trace switched on")
+        raise TraceError(422, f"format: {quoted(format)} is not known; allowed: json, png")
+    found = traces.kept.find(id)
+    if found is None:
+        raise TraceError(
+            404,
+            f"id: there is no such trace; a picture's own is in its answer's info, at extra_generation_params, "
+            f"{TRACE_KEY}, and those of the last {traces.MOST_BATCHES} batches are kept",
+        )
+    record, own = found
     if format == "json":
         return record.dumps().encode(), "application/json"
     try:
-        figure = pictures.heat_map(record, image)
+        figure = pictures.heat_map(record, own if image is None else image)
     except ValueError as error:
         raise TraceError(404, f"image: {error}") from error
     content = io.BytesIO()
@@ -107,14 +117,12 @@ def trace_content(record: Record | None, format: str, image: int) -> tuple[bytes
     return content.getvalue(), "image/png"
 
 
-def _trace_route(format: str = "json", image: int = 0) -> Any:
-    """The last generation's record as JSON, or with format=png the heat map of one of its pictures."""
+def _trace_route(id: str = "", format: str = "json", image: int | None = None) -> Any:
+    """The record of a picture's batch as JSON, or with format=png a heat map of the picture."""
     from fastapi import HTTPException, Response
 
-    from lib_dynfuse.session import last_record
-
     try:
-        content, media_type = trace_content(last_record(), format, image)
+        content, media_type = trace_content(id, format, image)
     except TraceError as error:
         raise HTTPException(error.status, str(error)) from error
     return Response(content, media_type=media_type)
@@ -123,7 +131,8 @@ def _trace_route(format: str = "json", image: int = 0) -> Any:
 def wrong_arguments(body: Any) -> str:
     """What is wrong with what a txt2img or img2img request says to us, in one line; empty if nothing is.
 
-    body: the request's parsed JSON. The host itself drops what it does not know without a word.
+    body: the request's parsed JSON. The host itself drops what it does not know without a word. Of reference pictures
+    only the headers are looked at: decoding is for the one generation whose turn it is.
     """
     scripts = body.get("alwayson_scripts") if isinstance(body, Mapping) else None
     if not isinstance(scripts, Mapping):
@@ -138,46 +147,31 @@ def _wrong_entry(entry: Any) -> str:
         return f"an object is wanted; {shape}"
     unknown = [key for key in entry if key != "args"]
     if unknown:
-        return f"{', '.join(unknown)}: unknown; {shape}"
+        return f"{shown(', '.join(unknown))}: unknown; {shape}"
     args = entry.get("args", [])
     if not isinstance(args, list):
         return f"args: a list is wanted; {shape}"
     if args and isinstance(args[0], Mapping) and len(args) > 1:
         return f"args: nothing may follow the object; {shape}"
     try:
-        return _unreadable(read_arguments(args))
-    except OptionsError as error:
+        references.given(read_arguments(args), uploads={})
+    except (OptionsError, PictureError) as error:
         return str(error)
-
-
-def _unreadable(options: Options) -> str:
-    """Which of the given pictures cannot be read, and why; empty if all can."""
-    given = [(name, source) for name in PICTURES for source in getattr(options, name)]
-    if not given:
-        return ""
-    from lib_dynfuse.guidance.references import PictureError, read_picture
-
-    for name, source in given:
-        try:
-            read_picture(source)
-        except PictureError as error:
-            return f"{name}: {error}"
     return ""
 
 
 def _check_before(route: Any) -> None:
-    """Let a route answer 422 to arguments that are wrong, after its own checks and before it generates."""
+    """Let a route answer 422 to arguments that are wrong: once the host has found the request right, before it
+    generates."""
     from fastapi import HTTPException
-    from fastapi.concurrency import run_in_threadpool
-    from fastapi.dependencies.models import Dependant
 
-    async def check(request: Any) -> None:
-        try:
-            body = await request.json()
-        except ValueError:
-            return  # not JSON: the route says so itself
-        if said := await run_in_threadpool(wrong_arguments, body):  # it may have pictures to open
-            raise HTTPException(422, said)
+    answer = route.dependant.call
 
-    # Made by hand: what reads signatures would look for the request's type among this module's names.
-    route.dependant.dependencies.append(Dependant(call=check, request_param_name="request", path=route.path))
+    @functools.wraps(answer)
+    def checked(**values: Any) -> Any:
+        for request in values.values():
+            if said := wrong_arguments({"alwayson_scripts": getattr(request, "alwayson_scripts", None)}):
+                raise HTTPException(422, said)
+        return answer(**values)
+
+    route.dependant.call = checked

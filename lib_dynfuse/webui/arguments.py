@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lib_dynfuse.errors import quoted, shown
 from lib_dynfuse.guidance.sources import is_plain, not_allowed
 from lib_dynfuse.options import FIELDS, Options, OptionsError, with_preset
 
@@ -80,9 +81,9 @@ def parse_parameters(text: str) -> dict[str, Any]:
     for part in filter(None, (part.strip() for part in re.split("[,;\n]", text))):
         name, equals, value = (piece.strip() for piece in part.partition("="))
         if not (name and equals and value):
-            raise OptionsError(f"parameters: {part!r} is not name=value; write for example softness=0.5")
+            raise OptionsError(f"parameters: {quoted(part)} is not name=value; write for example softness=0.5")
         if name in parameters:
-            raise OptionsError(f"parameters: {name} is given twice")
+            raise OptionsError(f"parameters: {shown(name)} is given twice")
         parameters[name] = _value(value)
     return parameters
 

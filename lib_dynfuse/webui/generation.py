@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import io
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,22 +13,27 @@ import numpy as np
 from PIL import Image
 
 from lib_dynfuse import guides
-from lib_dynfuse.errors import DynFuseError
+from lib_dynfuse.core.types import Role
+from lib_dynfuse.errors import DynFuseError, shown, without_folders
 from lib_dynfuse.guidance.libraries import in_a_line
+from lib_dynfuse.guidance.pictures import PictureError
 from lib_dynfuse.guidance.scores import as_text, best
 from lib_dynfuse.hosts.base import Unsupported
 from lib_dynfuse.hosts.detect import detect
-from lib_dynfuse.options import INFOTEXT_KEY
-from lib_dynfuse.roles import lora_tags
+from lib_dynfuse.options import FIELDS, INFOTEXT_KEY, OF_FUSION
+from lib_dynfuse.roles import lora_tags, role_tags
 from lib_dynfuse.session import Session, close_all
 from lib_dynfuse.trace import Record
-from lib_dynfuse.webui import guided, settings, xyz
+from lib_dynfuse.webui import guided, references, settings, traces, xyz
 from lib_dynfuse.webui.arguments import read_arguments
 
 TITLE = "DynFuse"
 NOTE_KEY = f"{INFOTEXT_KEY} note"
 CHOSEN_KEY = f"{INFOTEXT_KEY} chosen"
 SCORES_KEY = f"{INFOTEXT_KEY} scores"
+# Of the API's answer alone: whoever knows it may have the record.
+TRACE_KEY = f"{INFOTEXT_KEY} trace"
+_KEYS_OF_FUSION = frozenset(option.key for option in FIELDS if option.name in OF_FUSION)
 _log = logging.getLogger("lib_dynfuse")
 
 
@@ -38,9 +43,12 @@ class _Generation:
 
     owner: int
     session: Session
+    # What an infotext says of the options, and whether a batch was fused.
+    described: dict[str, str]
+    fused: bool = False
     guidance: guided.Guided | None = None
     # Of the batch that was sampled last: what was chosen by picture, every picture's scores, and which are kept.
-    shares: dict[int, dict[str, float]] = field(default_factory=dict)
+    shares: dict[int, str] = field(default_factory=dict)
     scores: list[dict[str, float]] = field(default_factory=list)
     kept: list[int] = field(default_factory=list)
     # Of every batch: what was chosen, and of the pictures that are kept their places in it.
@@ -70,8 +78,10 @@ def begin(p: Any, args: Sequence[Any]) -> None:
     """Reads the options; from here on the generation is ours to fuse, if they say so."""
     forget(p)
     settings.apply_log_level()
+    uploads = references.uploads_in(args)
     try:
         options = read_arguments(args, xyz.overrides(p))
+        _tell_what_does_nothing(p, options.enabled)
         if not options.enabled:
             return
         session = Session(detect(), options, functools.partial(_tell, p))
@@ -80,40 +90,72 @@ def begin(p: Any, args: Sequence[Any]) -> None:
         return
     for name in options.unused():
         session.tell(f"the rule {options.strategy} has no {name}: it changes nothing")
-    generation = _Generation(id(p), session)
+    given: references.Given | None = None
+    try:
+        given = references.given(options, uploads)
+    except PictureError as error:
+        session.tell(f"not nudged: {error}" if options.nudge else f"not scored: {error}")
+    generation = _Generation(id(p), session, options.infotext(references.described(given or {})))
     p._dynfuse = generation
-    p.extra_generation_params.update(options.infotext())
     p.extra_generation_params[CHOSEN_KEY] = _chosen
-    if options.compares:
-        _begin_guiding(p, generation)
+    if options.compares and given is not None:
+        _begin_guiding(p, generation, given)
+    if generation.guidance is None and options.keep_best:
+        session.tell("all pictures are kept: without references none is better than another")
 
 
-def _begin_guiding(p: Any, generation: _Generation) -> None:
+def _tell_what_does_nothing(p: Any, enabled: bool) -> None:
+    """Tags that a person wrote and that change nothing where they stand."""
+    if not enabled and any(map(role_tags, _all(p, "prompts"))):
+        _tell(p, "LoRAs have roles, but Dynamic LoRA Fusion is not ticked (enabled): they are added as without roles")
+    tags = lora_tags if enabled else role_tags
+    useless = dict.fromkeys(tag for prompt in _all(p, "negative_prompts") for tag in tags(prompt))
+    if useless:
+        _tell(p, f"{shown(', '.join(useless))}: a LoRA in the negative prompt does nothing; write it into the prompt")
+
+
+def _all(p: Any, kind: str) -> Iterable[str]:
+    """Every "prompts" or "negative_prompts" of the run once, a hires pass's own too."""
+    lists = [f"all_{kind}", *([f"all_hr_{kind}"] if getattr(p, "enable_hr", False) else [])]
+    return dict.fromkeys(prompt for name in lists for prompt in getattr(p, name, None) or ())
+
+
+def _describe(p: Any, generation: _Generation) -> None:
+    """The infotext says what the batch under way is made with: of rules nothing where none decides."""
+    generation.fused = generation.fused or generation.session.fused
+    for key in generation.described:
+        p.extra_generation_params.pop(key, None)
+    if generation.session.fused or generation.guidance is not None:
+        unsaid = frozenset() if generation.session.fused else _KEYS_OF_FUSION
+        told = {key: value for key, value in generation.described.items() if key not in unsaid}
+        p.extra_generation_params.update(told)
+
+
+def _begin_guiding(p: Any, generation: _Generation, given: references.Given) -> None:
     session = generation.session
     try:
-        generation.guidance = guided.begin(p, session.options, session.host, session.tell)
+        generation.guidance = guided.begin(p, session.options, session.host, given, session.tell)
     except Exception as error:
         _log.exception("guidance could not begin")
         session.tell(f"not nudged: {in_a_line(error)}")
     if generation.guidance is not None:
         p.extra_generation_params[SCORES_KEY] = _scores
-    elif session.options.keep_best:
-        session.tell("all pictures are kept: without references none is better than another")
 
 
 def _tell(p: Any, line: str) -> None:
-    """Where the person looks: under the picture, in its infotext, and in the log."""
+    """Where the person looks: under the picture, in its infotext, and in the log. A library's message may have paths of
+    the machine in it, which are nobody's business there."""
+    line = without_folders(line)
     p.comment(f"{TITLE}: {line}")
     notes = p.extra_generation_params.get(NOTE_KEY)
     p.extra_generation_params[NOTE_KEY] = f"{notes}; {line}" if notes else line
-    _log.info(line)
+    _log.warning(line)
 
 
 def _chosen(*, p: Any, index: int = 0, **_: Any) -> str | None:
     """The infotext's share of what each role won in one picture; the host calls it when it writes the text."""
     generation = _of(p)
-    share = None if generation is None else generation.shares.get(_place(generation, index))
-    return None if share is None else f"subject {share['subject']:.0%} style {share['style']:.0%}"
+    return None if generation is None else generation.shares.get(_place(generation, index))
 
 
 def _scores(*, p: Any, index: int = 0, **_: Any) -> str | None:
@@ -154,6 +196,7 @@ def attach(p: Any) -> None:
         return
     found = generation.guidance
     generation.session.attach(p.steps, (lambda: None) if found is None else (lambda: found.guide(p)))
+    _describe(p, generation)
 
 
 def step(params: Any) -> None:
@@ -186,8 +229,10 @@ def finish_batch(p: Any, images: Any) -> None:
     generation = _of(p)
     if generation is None:
         return
+    _describe(p, generation)
     record = generation.session.finish_batch()
-    generation.shares = {} if record is None else record.shares()
+    shares = {} if record is None else record.shares()
+    generation.shares = {} if record is None else {image: record.in_words(share) for image, share in shares.items()}
     generation.kept = list(range(len(images)))
     generation.records.append((record, generation.kept))
     if generation.guidance is not None:
@@ -224,9 +269,9 @@ def finish(p: Any, processed: Any) -> None:
     _rest()
     if generation is None:
         return
-    if generation.all_scores:
-        # The text of every picture is written by now: this is for who reads the answer of the API.
-        p.extra_generation_params[SCORES_KEY] = generation.all_scores
+    _log.info(_summary(generation))
+    _settle(p)
+    _answer(p, processed, generation)
     if not generation.session.options.trace:
         return
     place = processed.index_of_first_image
@@ -235,6 +280,50 @@ def finish(p: Any, processed: Any) -> None:
             if record is not None and image in record.images and place < len(processed.images):
                 _append(p, processed, record, image, place)
             place += 1
+
+
+def _settle(p: Any) -> None:
+    """The functions that the host called for texts are the first picture's texts from here on: a grid's infotext is
+    still to be written, and an answer that is made of `p` anew, which Forge Classic cannot do with a function in it."""
+    for key in (CHOSEN_KEY, SCORES_KEY):
+        value = p.extra_generation_params.get(key)
+        if callable(value):
+            text = value(p=p)
+            if text is None:
+                del p.extra_generation_params[key]
+            else:
+                p.extra_generation_params[key] = text
+
+
+def _answer(p: Any, processed: Any, generation: _Generation) -> None:
+    """What the API's answer says beside the pictures. It is no part of `p`: a grid's infotext is still to be written
+    from that. Other extensions' functions are left out of it."""
+    values = {key: value for key, value in p.extra_generation_params.items() if not callable(value)}
+    if generation.all_scores:
+        values[SCORES_KEY] = generation.all_scores
+    names: list[str | None] = []
+    for record, kept in generation.records:
+        known = [] if record is None else [image for image in kept if image in record.images]
+        named = dict(zip(known, traces.kept.keep(record, known), strict=True)) if record is not None else {}
+        names += [named.get(image) for image in kept]
+    if any(names):
+        values[TRACE_KEY] = names
+    processed.extra_generation_params = values
+
+
+def _summary(generation: _Generation) -> str:
+    """The one line of a generation that is said whatever happened."""
+    count = sum(len(kept) for _, kept in generation.records)
+    session = generation.session
+    done = [f"{count} picture{'' if count == 1 else 's'}"]
+    if generation.fused:
+        named = [f"{role.value} {', '.join(session.roles[role])}" for role in Role if session.roles.get(role)]
+        done.append(shown(f"fused by {session.options.strategy} ({'; '.join(named)})"))
+    else:
+        done.append("not fused")
+    if generation.guidance is not None:
+        done.append("nudged" if generation.guidance.decoder is not None else "scored")
+    return ", ".join(done)
 
 
 def _rest() -> None:

@@ -11,16 +11,20 @@ from torch import Tensor
 
 from lib_dynfuse.core.types import Role
 from lib_dynfuse.errors import DynFuseError
+from lib_dynfuse.guidance import clip_without_open_clip
 from lib_dynfuse.guidance.decoders import Decoder
 from lib_dynfuse.guidance.guide import Guide
 from lib_dynfuse.guidance.objectives import Each, Pictures
-from lib_dynfuse.guidance.references import PictureError, collect
+from lib_dynfuse.guidance.pictures import PictureError
+from lib_dynfuse.guidance.references import collect
 from lib_dynfuse.guides import Guidance, prepare
 from lib_dynfuse.hosts.base import Host
+from lib_dynfuse.hosts.clip_words import tokenizer_folders
 from lib_dynfuse.hosts.reading import read_tags
 from lib_dynfuse.options import Options
 from lib_dynfuse.roles import strip_tags
 from lib_dynfuse.webui import alone, settings
+from lib_dynfuse.webui.references import Given
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -51,15 +55,17 @@ def _numbers(p: Any, count: int) -> range:
     return range(first, first + count)
 
 
-def begin(p: Any, options: Options, host: Host, tell: Callable[[str], None]) -> Guided | None:
+def begin(p: Any, options: Options, host: Host, given: Given, tell: Callable[[str], None]) -> Guided | None:
     """Everything that takes time or may fail, ahead of sampling: never raises, what is missing is told.
 
-    May generate pictures of each LoRA alone; None where nothing is left to nudge or to score by.
+    `given`: the pictures that came with the request, which are decoded here. May generate pictures of each LoRA alone;
+    None where nothing is left to nudge or to score by.
     """
+    clip_without_open_clip.tokenizer_folders = tokenizer_folders
     try:
         guidance = prepare(
             options,
-            lambda role: _references(p, options, role),
+            lambda role: _references(p, options, given, role),
             [strip_tags(prompt) for prompt in p.all_prompts],
             settings.encoder_source(),
             _device(),
@@ -82,11 +88,10 @@ def begin(p: Any, options: Options, host: Host, tell: Callable[[str], None]) -> 
     return Guided(guidance, decoder)
 
 
-def _references(p: Any, options: Options, role: Role) -> Pictures | Each | None:
-    given = options.subject_references if role is Role.SUBJECT else options.style_references
+def _references(p: Any, options: Options, given: Given, role: Role) -> Pictures | Each | None:
     pictures, _ = collect(
         options.references,
-        given,
+        given.get(f"{role.value}_references", ()),
         _preview(p, role),
         lambda: alone.pictures_alone(p, role, alone.reference_cache()),
     )

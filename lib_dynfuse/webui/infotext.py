@@ -20,8 +20,8 @@ _KEYS = {option.name: option.key for option in FIELDS if option.name not in ("en
 def fields_from_infotext(params: Mapping[str, str]) -> dict[str, Any]:
     """Option values that an infotext, parsed by the host, describes; empty if the picture was made without us.
 
-    What is left out there, or cannot be used here because a newer version wrote it, has its default. Options of
-    guidance that the picture was made without are not described at all: encoders are chosen for a machine.
+    What is left out there, or cannot be used here because a newer version wrote it, has its default: of another picture
+    that was pasted before nothing stays, least of all in what is folded away.
     """
     if INFOTEXT_KEY not in params:
         return {}
@@ -40,8 +40,11 @@ def _read(described: tuple[tuple[str, str], ...]) -> Mapping[str, Any]:
         windows = [pair for pair in WINDOWS if set(pair) <= set(texts)]
         for names in (*((name,) for name in texts), *windows):
             values = _usable(values, {name: texts[name] for name in names}) or values
-    options = Options(**values)
-    return {name: getattr(options, name) for name in ("enabled", *_KEYS) if options.matters(name) or name in values}
+    return _shown(Options(**values))
+
+
+def _shown(options: Options) -> Mapping[str, Any]:
+    return {name: getattr(options, name) for name in ("enabled", *_KEYS)}
 
 
 def _usable(values: Mapping[str, Any], texts: Mapping[str, str]) -> dict[str, Any] | None:
@@ -57,16 +60,14 @@ def _usable(values: Mapping[str, Any], texts: Mapping[str, str]) -> dict[str, An
 def paste_value(name: str) -> Callable[[Mapping[str, str]], Any]:
     """For a Script's `infotext_fields`: what the option's component shows after pasting a parsed infotext.
 
-    None, which leaves a component as it is, for what is not described there and for a picture made without us; that
-    one only switches `enabled` off.
+    A picture made without us switches `enabled` off and sets the rest to its default. None, which leaves a component as
+    it is, for what no infotext says.
     It is the same object each time: "Send to img2img" copies the fields of a tab that are in `paste_field_names` by
     equality, and where a field has a function it is this that has to stand there, not a key.
     """
 
     def read(params: Mapping[str, str]) -> Any:
-        values = fields_from_infotext(params)
-        if not values:
-            return False if name == "enabled" else None
+        values = fields_from_infotext(params) or _shown(Options())
         return format_parameters(values[name]) if name == "parameters" else values.get(name)
 
     return read
@@ -77,5 +78,5 @@ def _parsed(name: str, text: str) -> Any:
         return text
     try:
         return json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # nested more deeply than Python reads
         raise OptionsError(f"{name}: not JSON") from error

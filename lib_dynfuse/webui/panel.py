@@ -15,8 +15,10 @@ from lib_dynfuse.core.strategies import Parameter, strategies
 from lib_dynfuse.hosts.base import Host, Unsupported
 from lib_dynfuse.hosts.detect import detect
 from lib_dynfuse.options import DEFAULT_STRATEGY, FIELDS, PRESETS, Option, Options, OptionsError, with_preset
+from lib_dynfuse.webui import loras
 from lib_dynfuse.webui.arguments import ORDER, PICTURES, format_parameters, parse_parameters
 from lib_dynfuse.webui.infotext import paste_value
+from lib_dynfuse.webui.references import is_upload
 
 _OPTIONS = {option.name: option for option in FIELDS}
 # Not needed for a first picture, so folded away; two and two in a row.
@@ -62,11 +64,12 @@ def build(is_img2img: bool, elem_id: Callable[[str], str]) -> Panel:
 
     made: dict[str, Any] = {}
     host, lacking = _host()
-    with _switch(elem_id("enabled")) as made["enabled"]:
+    with _switch(elem_id("enabled"), tab) as made["enabled"]:
         if lacking:
             gr.HTML(f'<p class="dynfuse-lacking">Nothing can be fused here: {html.escape(lacking)}</p>')
         # The script looks for this id, so the host has no say in it.
         gr.HTML("", elem_id=f"dynfuse_roles_{tab}")
+        _questions(tab)
         preset = gr.Dropdown(list(PRESETS), value="default", label="Preset", elem_id=elem_id("preset"))
         with gr.Row():
             with gr.Column():
@@ -99,6 +102,22 @@ def build(is_img2img: bool, elem_id: Callable[[str], str]) -> Panel:
         infotext_fields=[(made[name], paste_value(name)) for name in pasted],
         # The host looks for a field's own target here, to copy it to the other tab.
         paste_field_names=[paste_value(name) for name in pasted],
+    )
+
+
+def _questions(tab: str) -> None:
+    """Where the script asks which LoRAs the host has in its list. No route, which would be open to whoever may not see
+    this page."""
+    import gradio as gr
+
+    question, answer = (
+        gr.Textbox("", label=f"DynFuse {kind}", elem_classes=["dynfuse-unseen", f"dynfuse-{kind}-{tab}"])
+        for kind in ("asks", "answers")
+    )
+    for made in (question, answer):
+        made.do_not_save_to_config = True  # of the host's ui-config.json
+    question.input(
+        loras.answer, inputs=[question], outputs=[answer], show_progress="hidden", queue=False, api_name=False
     )
 
 
@@ -189,7 +208,7 @@ def _help_line(rule: str) -> str:
 
 
 @contextmanager
-def _switch(elem_id: str) -> Iterator[Any]:
+def _switch(elem_id: str, tab: str) -> Iterator[Any]:
     """The panel's frame and the checkbox that ticks it: the host's own where there is one."""
     import gradio as gr
 
@@ -198,7 +217,8 @@ def _switch(elem_id: str) -> Iterator[Any]:
         from modules.ui_components import InputAccordion
     except ImportError:
         with gr.Accordion(option.label, open=True):
-            yield gr.Checkbox(option.default, label=option.label, info=option.help, elem_id=elem_id)
+            seen = {"elem_id": elem_id, "elem_classes": [f"dynfuse-enabled-{tab}"]}  # by the script
+            yield gr.Checkbox(option.default, label=option.label, info=option.help, **seen)
     else:
         with InputAccordion(option.default, label=option.label, elem_id=elem_id) as enabled:
             yield enabled
@@ -218,7 +238,7 @@ def _component(name: str, elem_id: Callable[[str], str]) -> Any:
         )  # fmt: skip
     if name in PICTURES:
         del shared["info"]
-        return gr.File(None, file_count="multiple", file_types=["image"], height=_FILES_HEIGHT, **shared)
+        return _of_uploads(gr.File(None, file_count="multiple", file_types=["image"], height=_FILES_HEIGHT, **shared))
     if option.choices:
         return gr.Dropdown(list(option.choices), value=option.default, **shared)
     enabled = name not in _OF_RULES or rule_has(DEFAULT_STRATEGY, name)
@@ -229,6 +249,22 @@ def _component(name: str, elem_id: Callable[[str], str]) -> Any:
     return gr.Slider(
         option.minimum, option.maximum, value=option.default, step=_step(option), interactive=enabled, **shared
     )
+
+
+def _of_uploads(files: Any) -> Any:
+    """A file input that takes uploads alone: gradio 3 reads, copies and serves whatever file a request names."""
+    if not hasattr(files, "make_temp_copy_if_needed"):
+        return files  # gradio 4 looks itself
+    preprocess = files.preprocess
+
+    def checked(given: Any) -> Any:
+        for one in given if isinstance(given, list) else [given]:
+            if one is not None and one.get("is_file") and not is_upload(str(one.get("name"))):
+                raise ValueError(f"{files.label}: this file was not uploaded here")
+        return preprocess(given)
+
+    files.preprocess = checked
+    return files
 
 
 def _host() -> tuple[Host | None, str]:

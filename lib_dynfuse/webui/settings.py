@@ -17,6 +17,7 @@ DOWNLOAD = "dynfuse_download"
 ENCODERS_REST = "dynfuse_encoders_rest"
 LOG_LEVEL = "dynfuse_log_level"
 SECTION = ("dynfuse", "Dynamic LoRA Fusion")
+_LOGGER = "lib_dynfuse"
 CONSENT = "tick Download missing encoders in Settings, Dynamic LoRA Fusion"
 
 
@@ -72,7 +73,13 @@ SETTINGS = (
         (),
         "between generations CLIP and DINO wait in main memory",
     ),
-    Setting(LOG_LEVEL, "Log level", "INFO", _LEVELS, "INFO: one line for each generation"),
+    Setting(
+        LOG_LEVEL,
+        "Log level",
+        "INFO",
+        _LEVELS,
+        "WARNING: what is wrong, as under the picture; INFO: one line for each generation too",
+    ),
 )
 _BY_KEY = {setting.key: setting for setting in SETTINGS}
 
@@ -150,5 +157,16 @@ def _stored(key: str) -> str | bool:
 
 
 def apply_log_level() -> None:
-    """Make our loggers as talkative as the setting says."""
-    logging.getLogger("lib_dynfuse").setLevel(value(LOG_LEVEL))
+    """Make our loggers as talkative as the setting says.
+
+    A WebUI that is not told a level of its own has no handler, and Python then prints warnings alone: so there is one
+    of ours, for as long as the WebUI has none.
+    """
+    logger = logging.getLogger(_LOGGER)
+    logger.setLevel(value(LOG_LEVEL))
+    if all(handler.get_name() != _LOGGER for handler in logger.handlers):
+        own = logging.StreamHandler()
+        own.set_name(_LOGGER)
+        own.setFormatter(logging.Formatter("DynFuse: %(message)s"))
+        own.addFilter(lambda record: not logging.root.handlers)
+        logger.addHandler(own)

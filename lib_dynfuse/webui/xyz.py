@@ -8,6 +8,7 @@ from typing import Any
 from lib_dynfuse.core.strategies import strategies
 from lib_dynfuse.options import FIELDS, Option, OptionsError
 from lib_dynfuse.webui.arguments import PICTURES, SWITCH, parse_parameters, read_values
+from lib_dynfuse.webui.references import REFUSED, could_be_allowed
 
 PREFIX = "[DynFuse]"
 _ATTRIBUTE = "_dynfuse_overrides"
@@ -70,6 +71,8 @@ def _confirm(option: Option) -> Callable[[Any, Sequence[Any]], None]:
             # What a rule's own parameters may be depends on the rule, which may be an axis too: judged in the cell.
             if option.name == "parameters":
                 _confirm_names(value)
+            elif option.name in PICTURES and not all(map(could_be_allowed, value)):
+                raise OptionsError(f"{option.name}: the picture {REFUSED}")
             else:
                 read_values({option.name: value})
 

@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lib_dynfuse.core import Row, strategy
+from lib_dynfuse.core import Row, strategies, strategy
 from lib_dynfuse.core.delta import LowRank
 from lib_dynfuse.core.divergence import kl_divergence
 from lib_dynfuse.core.moment import Moment
 from lib_dynfuse.core.rules import Features, Pair, Rule, Selection
+from lib_dynfuse.core.rules_divergence import DivergenceStrategy
 
 CPU = torch.device("cpu")
-DIVERGENCE_RULES = ["kl", "kl-soft", "kl-token", "js", "cosine"]
-NAMES = ["sum", "kl", "kl-soft", "kl-token", "js", "cosine", "klora", "est", "np", "switch", "blocks", "random"]
+DIVERGENCE_RULES = [name for name in strategies() if isinstance(strategy(name), DivergenceStrategy)]
 
 
 def rand(*shape: int, seed: int = 0) -> Tensor:
@@ -91,3 +91,13 @@ def select(name: str, scene: Scene, now: Moment | None = None, **parameters: Any
     rule = strategy(name, **parameters).start(pairs([(1.0, 1.0)]))
     rule.begin(now)
     return rule.select(0, now, scene.look)
+
+
+def subjects_share(name: str, selection: Selection) -> Tensor:
+    """How far a layer leans to the subject: 1 where it is all the subject's, 0 where it is all the style's.
+
+    kl-cfg leaves the loser a share of its own weight.
+    """
+    rule = strategy(name)
+    full, loser = getattr(rule, "subject", 1.0), getattr(rule, "loser", 0.0)
+    return (torch.as_tensor(selection.subject).float() / full - loser) / (1 - loser)

@@ -11,7 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lib_dynfuse.core.divergence import DIVERGENCES, cosine_distance, js_divergence, kl_divergence
+from lib_dynfuse.core.divergence import Divergence, cosine_distance, js_divergence, kl_divergence
+
+DIVERGENCES: dict[str, Divergence] = {"kl": kl_divergence, "js": js_divergence, "cosine": cosine_distance}
 
 
 @pytest.mark.parametrize("channels", [3, 320])

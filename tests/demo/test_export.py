@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,7 @@ PROMPT = "fox emoji, noto style"
 
 @pytest.fixture(scope="module")
 def exported(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("webui")
-    return export.export(trained / "model", out, trained / "loras")
+    return export.export(trained / "model", tmp_path_factory.mktemp("webui"), trained / "loras")
 
 
 def read_back(checkpoint: Path, folder: Path) -> StableDiffusionPipeline:
@@ -57,20 +57,45 @@ def test_the_yaml_describes_the_model(trained: Path, exported: Path) -> None:
     assert settings["first_stage_config"]["params"]["ddconfig"]["ch_mult"] == [1, 1, 1, 1]
 
 
-def test_the_yaml_leads_to_the_tokenizer_and_the_text_encoder_s_sizes(exported: Path) -> None:
-    settings = yaml.safe_load(exported.with_suffix(".yaml").read_text())["model"]["params"]
+def test_everything_lies_where_a_webui_looks(exported: Path) -> None:
+    models = exported.parents[1]
+    assert exported.relative_to(models.parent).as_posix() == "models/Stable-diffusion/dynfuse-demo.safetensors"
+    assert exported.with_suffix(".yaml").exists()
+    loras = {file.name for file in (models / "Lora").iterdir()}
+    assert loras == {"subject-fox.safetensors", "style-high-contrast.safetensors"}
+
+
+def test_the_yaml_leads_to_the_tokenizer_and_the_text_encoder_s_sizes_wherever_the_webui_is(
+    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    webui = tmp_path / "elsewhere"
+    shutil.copytree(exported.parents[2], webui)
+    monkeypatch.chdir(webui)
+    settings = yaml.safe_load((webui / "models/Stable-diffusion/dynfuse-demo.yaml").read_text())["model"]["params"]
     folder = Path(settings["cond_stage_config"]["params"]["version"])
+    assert not folder.is_absolute()
     assert CLIPTokenizer.from_pretrained(folder)("fox")["input_ids"] == [49406, 3240, 49407]
     assert (folder / "vocab.json").exists()
     assert (folder / "merges.txt").exists()
     assert '"hidden_size": 32' in (folder / "config.json").read_text()
 
 
-def test_the_loras_come_along(exported: Path) -> None:
-    assert {file.name for file in (exported.parent / "Lora").iterdir()} == {
-        "subject-fox.safetensors",
-        "style-high-contrast.safetensors",
-    }
+def test_no_file_of_the_export_tells_where_it_was_made(exported: Path, trained: Path) -> None:
+    texts = [file for file in exported.parents[2].rglob("*") if file.suffix in (".yaml", ".json")]
+    assert len(texts) > 2
+    for file in texts:
+        assert str(exported.parents[2]) not in file.read_text()
+        assert str(trained) not in file.read_text()
+
+
+@pytest.mark.parametrize(("inside", "named"), [("", "models"), ("", "models/"), ("", "."), ("models", ".")])
+def test_the_webuis_folder_and_its_folder_of_models_are_the_same(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inside: str, named: str
+) -> None:
+    (tmp_path / inside).mkdir(exist_ok=True)
+    monkeypatch.chdir(tmp_path / inside)
+    made = export.export(trained / "model", Path(named), trained / "loras")
+    assert made.resolve() == (tmp_path / "models/Stable-diffusion/dynfuse-demo.safetensors").resolve()
 
 
 @pytest.mark.parametrize("key", ["down_blocks.0.motion.0.weight", "class_embedding.weight"])

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -101,10 +103,64 @@ def test_a_line_that_was_cut_off_is_forgotten_and_the_file_goes_on_whole(tmp_pat
     assert store.read_rows(tmp_path) == [first, second]
 
 
-def test_a_line_that_is_something_else_is_named(tmp_path: Path) -> None:
-    (tmp_path / store.ROWS).write_text('{"pair": "p"}\n')
-    with pytest.raises(DynFuseError, match="line 1"):
-        store.read_rows(tmp_path)
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        b'{"pair": "p"}',
+        b'{"pair": "p", "method": "m", "seed": 1}',
+        b'{"pair": "p", "method": "m", "seed": 1, "other": 1.0}',
+        b'{"pair": "p", "method": "m", "seed": "1", "both": 1.0}',
+        b'{"pair": "p", "method": "m", "seed": 1, "both": "1"}',
+        b'{"pair": ["p"], "method": "m", "seed": 1, "both": 1.0}',
+        b'{"pair": "p", "meth\x00\x00\x00\x00"both": 1.0}',
+        b"\xff\xfe",
+        b"[1]",
+        b"null",
+        b"[" * 100_000,
+    ],
+)
+def test_a_damaged_line_is_put_aside_and_said_and_its_picture_made_again(tmp_path: Path, damaged: bytes) -> None:
+    rows = [store.Row("p", "m", seed, {"both": 1.0}) for seed in range(3)]
+    lines = [row.dumps().encode() for row in rows]
+    (tmp_path / store.ROWS).write_bytes(lines[0] + damaged + b"\n" + lines[2])
+    said: list[str] = []
+    assert store.read_rows(tmp_path, said.append) == [rows[0], rows[2]]
+    assert said == ["1 of 3 lines of pictures.jsonl are no judged pictures: they are in pictures.damaged.jsonl now"]
+    assert (tmp_path / store.DAMAGED).read_bytes() == damaged + b"\n"
+    store.add_rows(tmp_path, [rows[1]])
+    assert store.read_rows(tmp_path, said.append) == [rows[0], rows[2], rows[1]]
+    assert len(said) == 1
+
+
+def test_a_picture_that_was_judged_twice_counts_once(tmp_path: Path) -> None:
+    row = store.Row("p", "m", 0, {"both": 1.0})
+    store.add_rows(tmp_path, [row, row])
+    assert store.read_rows(tmp_path) == [row]
+
+
+@pytest.mark.parametrize("text", ["", '{"steps": 12', "[]", '{"methods": []}', "[" * 100_000])
+def test_settings_that_are_damaged_are_refused_in_one_line(tmp_path: Path, text: str) -> None:
+    (tmp_path / store.SETTINGS).write_text(text)
+    with pytest.raises(DynFuseError, match=r"settings\.json is damaged"):
+        store.begin(tmp_path, SETTINGS, resume=True)
+    assert (tmp_path / store.SETTINGS).read_text() == text
+
+
+@pytest.mark.parametrize("broken", [json, os])
+def test_settings_are_those_of_before_where_writing_them_breaks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: Any
+) -> None:
+    """Before anything is written, and when all of it is but not yet in its place."""
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    store.begin(tmp_path, SETTINGS, resume=False)
+    before = (tmp_path / store.SETTINGS).read_text()
+    monkeypatch.setattr(broken, "replace" if broken is os else "dumps", fail)
+    with pytest.raises(OSError, match="No space"):
+        store.begin(tmp_path, {**SETTINGS, "methods": {"kl": {}}}, resume=True)
+    assert (tmp_path / store.SETTINGS).read_text() == before
 
 
 def test_more_seeds_are_made_for_what_is_done() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import threading
 import time
 from typing import Any
@@ -9,12 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import Answer, WebUI, decoded, encoded
+from PIL import Image
 
 SUM = {"enabled": True, "strategy": "sum"}
 KL = {"enabled": True, "strategy": "kl"}
 ROUNDING = 1  # of 255: the host's merge and ours round in another order
-# Forge answers 500 to a hires pass without its last field, which the other hosts do not know and leave unread.
-HIRES = {"enable_hr": True, "hr_scale": 2, "denoising_strength": 0.6, "hr_additional_modules": ["Use same choices"]}
 
 
 def apart(one: Answer, other: Answer) -> int:
@@ -47,14 +48,14 @@ CASES: dict[str, dict[str, Any]] = {
     "UniPC": {"sampler_name": "UniPC"},
     "DDIM": {"sampler_name": "DDIM"},
     "tiling": {"tiling": True},
-    "hires, latent": {**HIRES, "hr_upscaler": "Latent"},
-    "hires, upscaler": {**HIRES, "hr_upscaler": "Lanczos"},
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [*CASES, "hires, latent", "hires, upscaler"])
 def test_the_sum_is_what_the_host_merges(webui: WebUI, case: str) -> None:
-    settings = CASES[case]
+    settings = CASES[case] if case in CASES else webui.hires(case.endswith("latent"))
+    if "sampler_name" in settings:
+        webui.needs_sampler(settings["sampler_name"])
     merged = webui.generate(webui.prompt(roles=False), **settings)
     assert apart(webui.generate(webui.prompt(), SUM, **settings), merged) <= ROUNDING
     assert apart(webui.generate("a cat", **settings), merged) > 8  # the LoRAs do something
@@ -75,7 +76,7 @@ def test_prompts_joined_by_and(webui: WebUI) -> None:
 
 
 def test_a_hires_prompt_has_roles_of_its_own(webui: WebUI) -> None:
-    settings: dict[str, Any] = {**HIRES, "hr_upscaler": "Latent"}
+    settings = webui.any_hires()
     strengths = (0.5, 1.2)
     swapped = webui.prompt("a dog", strengths=strengths)
     swapped = swapped.replace("subject>", "?").replace("style>", "subject>").replace("?", "style>")
@@ -140,7 +141,7 @@ def test_alone_and_in_a_batch_a_token_turns_only_where_the_hosts_rounding_turns_
 
     def subject_shares(image: int) -> Any:
         """[2, layers], cond after uncond: the subject's share of a picture's tokens in the first forward pass."""
-        one = webui.call("/dynfuse/v1/trace")[1]["passes"][0]
+        one = webui.trace()[1]["passes"][0]
         rows = [index for index, row in enumerate(one["rows"]) if row["image"] == image]
         rows.sort(key=lambda index: bool(one["rows"][index]["cond"]))
         return np.array(one["subject"], float)[:, rows].T
@@ -155,6 +156,7 @@ def test_alone_and_in_a_batch_a_token_turns_only_where_the_hosts_rounding_turns_
 
 
 def test_cond_and_uncond_apart_make_the_same_picture(webui: WebUI) -> None:
+    webui.needs_option("batch_cond_uncond")
     together = webui.generate(webui.prompt(), KL)
     one_by_one = webui.generate(webui.prompt(), KL, override_settings={"batch_cond_uncond": False})
     assert apart(together, one_by_one) <= ROUNDING
@@ -232,13 +234,37 @@ def test_wrong_roles_are_told_and_the_picture_is_made_without_us(webui: WebUI, t
     assert note in fused.infotexts[0]
 
 
-def test_the_last_trace_can_be_had(webui: WebUI) -> None:
-    webui.generate(webui.prompt(), KL)
-    status, record = webui.call("/dynfuse/v1/trace")
+def test_a_picture_s_trace_can_be_had_by_its_own_name_alone(webui: WebUI) -> None:
+    answer = webui.generate(webui.prompt(), KL, batch_size=2)
+    status, record = webui.trace()
     assert status == 200
     assert len({one["step"] for one in record["passes"]}) == 4
-    status, heat_map = webui.call("/dynfuse/v1/trace?format=png")
+    status, heat_map = webui.trace(1, "&format=png")
     assert (status, heat_map[:4]) == (200, b"\x89PNG")
+    assert len(set(webui.traces)) == 2
+    assert not any(name in text for name in webui.traces for text in answer.infotexts)
+    for guess in ("", "?id=", "?id=0"):
+        assert webui.call(f"/dynfuse/v1/trace{guess}")[0] == 404
+
+
+def test_no_file_of_the_server_is_read_or_told_apart(webui: WebUI) -> None:
+    said = set()
+    for path in ("/etc/hostname", "/etc", "/nowhere", "/dev/zero", "webui.py", "html/card-no-preview.png"):
+        answer = webui.generate(webui.prompt(), {**KL, "score": True, "subject_references": [path]})
+        assert answer.status == 422
+        said.add(answer.body["detail"])
+        assert webui.generate("a cat", {"subject_references": [path]}).status == 200
+    assert len(said) == 1
+
+
+def test_a_large_picture_in_a_small_body_is_refused_by_its_header(webui: WebUI) -> None:
+    file = io.BytesIO()
+    Image.new("1", (13300, 13300)).save(file, "PNG")
+    large = base64.b64encode(file.getvalue()).decode()
+    for kind, given in (("subject", [large]), ("style", [large] * 40)):
+        answer = webui.generate(webui.prompt(), {**KL, "score": True, f"{kind}_references": given})
+        assert answer.status == 422
+        assert f"{kind}_references: " in answer.body["detail"]
 
 
 def test_the_host_lists_our_arguments(webui: WebUI) -> None:

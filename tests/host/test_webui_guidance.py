@@ -19,7 +19,6 @@ BOX = Path(lib_dynfuse.__file__).parent / "demo"
 KL: dict[str, Any] = {"enabled": True, "strategy": "kl"}
 ENCODERS = {"clip": str(BOX / "clip"), "dino": str(BOX / "dino"), "nudge_decoder": "linear"}
 NUDGED = {**KL, **ENCODERS, "nudge": True, "nudge_start": 0.0}
-HIRES = {"enable_hr": True, "hr_scale": 2, "denoising_strength": 0.6, "hr_additional_modules": ["Use same choices"]}
 
 
 def apart(one: Answer, other: Answer) -> int:
@@ -35,7 +34,7 @@ def scores(answer: Answer, index: int = 0) -> dict[str, float]:
 
 
 def nudged_steps(webui: WebUI) -> list[int]:
-    status, record = webui.call("/dynfuse/v1/trace")
+    status, record = webui.trace()
     assert status == 200
     return [one["step"] for one in record["nudges"]]
 
@@ -55,11 +54,12 @@ def test_nudges_lower_r_and_leave_nothing_behind(webui: WebUI) -> None:
 
 @pytest.mark.parametrize("sampler", ["Euler a", "Heun", "DPM++ 2M", "DPM++ SDE", "UniPC", "DDIM", "PLMS", "LCM"])
 def test_every_sampler_is_nudged_once_a_step(webui: WebUI, sampler: str) -> None:
+    webui.needs_sampler(sampler)
     fused = webui.generate(webui.prompt(), KL, sampler_name=sampler)
     nudged = webui.generate(webui.prompt(), NUDGED, sampler_name=sampler)
     assert apart(nudged, fused) > 0
     # DDIM makes one step less than it is asked for.
-    taken = sorted({one["step"] for one in webui.call("/dynfuse/v1/trace")[1]["passes"]})
+    taken = sorted({one["step"] for one in webui.trace()[1]["passes"]})
     assert nudged_steps(webui) == taken
     assert len(taken) >= 3
 
@@ -70,11 +70,12 @@ def test_every_sampler_is_nudged_once_a_step(webui: WebUI, sampler: str) -> None
         {"cfg_scale": 1},
         {"negative_prompt": "a bad picture of a dog " * 25},
         {"batch_size": 2, "n_iter": 2},
-        {**HIRES, "hr_upscaler": "Latent"},
+        {"enable_hr": True},
     ],
     ids=["no guidance", "long negative prompt", "two batches of 2", "hires"],
 )
 def test_whatever_is_generated_can_be_nudged(webui: WebUI, settings: dict[str, Any]) -> None:
+    settings = webui.any_hires() if "enable_hr" in settings else settings
     fused = webui.generate(webui.prompt(), KL, **settings)
     nudged = webui.generate(webui.prompt(), NUDGED, **settings)
     assert apart(nudged, fused) > 0
@@ -144,6 +145,7 @@ def test_an_interrupt_in_mid_guidance_leaves_nothing_behind(webui: WebUI) -> Non
 
 @pytest.mark.parametrize("sampler", ["Euler", "DDIM"])
 def test_the_way_through_the_unet_works_or_is_said_to_be_impossible(webui: WebUI, sampler: str) -> None:
+    webui.needs_sampler(sampler)
     plain, fused = webui.generate("a cat"), webui.generate(webui.prompt(), KL, sampler_name=sampler)
     nudged = webui.generate(webui.prompt(), {**NUDGED, "nudge_mode": "xt"}, sampler_name=sampler)
     assert apart(nudged, fused) > 0
@@ -156,7 +158,7 @@ def test_the_way_through_the_unet_works_or_is_said_to_be_impossible(webui: WebUI
 
 
 def test_the_way_through_the_unet_goes_on_in_a_hires_pass(webui: WebUI) -> None:
-    settings = {**HIRES, "hr_second_pass_steps": 3}
+    settings = webui.any_hires(hr_second_pass_steps=3)
     fused = webui.generate(webui.prompt(), KL, **settings)
     nudged = webui.generate(webui.prompt(), {**NUDGED, "nudge_mode": "xt"}, **settings)
     assert apart(nudged, fused) > 0

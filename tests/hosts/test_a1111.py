@@ -28,6 +28,7 @@ from lib_dynfuse.core.delta import Delta, LowRank
 from lib_dynfuse.errors import DynFuseError
 from lib_dynfuse.hosts.a1111 import Automatic1111
 from lib_dynfuse.hosts.base import Tag
+from lib_dynfuse.roles import RoleError
 
 SUBJECT, STYLE = Role.SUBJECT, Role.STYLE
 CONV, NORM, LINEAR, QKV = (f"diffusion_model_{name}" for name in ("conv", "norm", "to_q", "qkv"))
@@ -247,6 +248,26 @@ def test_networks_that_are_missing_or_leave_the_unet_alone_are_named(webui: WebU
 
 def params(*items: str) -> dict[str, list[Any]]:
     return {"lora": [SimpleNamespace(items=one.split(":")) for one in items]}
+
+
+@pytest.mark.parametrize("strength", ["abc", "1,0", "", "te=", "unet=x"])
+def test_a_strength_at_which_the_host_gives_all_loras_up_is_named_with_its_tag(webui: WebUI, strength: str) -> None:
+    key, equals, value = strength.partition("=")
+    read = SimpleNamespace(
+        items=["fox", strength],
+        positional=["fox", *([] if equals else [strength])],
+        named={key: value} if equals else {},
+    )
+    plain = SimpleNamespace(items=["ink"], positional=["ink"], named={})
+    with pytest.raises(RoleError) as error:
+        Automatic1111(webui.networks).read_tags({"lora": [plain, read]})
+    assert f"<lora:fox:{strength}>: " in str(error.value)
+    assert "is not a number" in str(error.value)
+
+
+def test_a_strength_that_another_extension_has_read_is_none_of_ours(webui: WebUI) -> None:
+    scheduled = SimpleNamespace(items=["fox", "0@0,1@1"], positional=["fox", 1], named={})
+    assert [tag.name for tag in Automatic1111(webui.networks).read_tags({"lora": [scheduled]})] == ["fox"]
 
 
 @pytest.mark.parametrize(

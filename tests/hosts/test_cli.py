@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typer.testing import CliRunner
 
 from lib_dynfuse.__main__ import app
 from lib_dynfuse.hosts.diffusers import Embedded
+from lib_dynfuse.hosts.lora_files import find_lora
 from lib_dynfuse.trace import Record
 
 ROLES = "a fox <lora:fox:0.8:role=subject> in ink <lora:ink:0.6:role=style>"
@@ -28,7 +30,7 @@ class Said:
         self.code: int = result.exit_code
         self.errors: str = result.stderr
         self.lines: list[str] = result.stdout.splitlines()
-        self.files = sorted(path.name for path in out.rglob("*")) if out.exists() else []
+        self.files = sorted(path.name for path in out.rglob("*")) if os.path.exists(out) else []
         self.out = out
         self.result = result
 
@@ -170,6 +172,88 @@ def test_a_file_that_is_something_else_is_refused(generate: Generate, lora_dir: 
     assert_refused(generate("<lora:lokr:1:role=style>"), ["lokr.safetensors: a LoKr network"])
 
 
+def test_a_tensor_of_more_dimensions_than_torch_takes_is_refused(generate: Generate, lora_dir: Path):
+    header = b'{"lora_unet_x.lora_down.weight":{"dtype":"F32","shape":[%s],"data_offsets":[0,4]}}' % b",".join(
+        [b"1"] * 65
+    )
+    (lora_dir / "deep.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    words = ["deep.safetensors: lora_unet_x.lora_down.weight has 65 dimensions, at most 5"]
+    assert_refused(generate("<lora:deep:1:role=style>"), words)
+
+
+def test_numbers_of_a_kind_that_torch_has_not_are_refused(generate: Generate, lora_dir: Path):
+    header = b'{"lora_unet_x.lora_down.weight":{"dtype":"F6_E2M3","shape":[4,1],"data_offsets":[0,3]}}'
+    (lora_dir / "six.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(3))
+    assert_refused(generate("<lora:six:1:role=style>"), ["six.safetensors"])
+
+
+def test_a_link_that_leads_nowhere_is_named_and_in_nobodys_way(generate: Generate, lora_dir: Path, tmp_path: Path):
+    folder = tmp_path / "loras"
+    folder.mkdir()
+    (folder / "gone.safetensors").symlink_to(tmp_path / "nowhere.safetensors")
+    (folder / "fox.safetensors").symlink_to(lora_dir / "fox.safetensors")
+    assert_refused(
+        generate("<lora:gone:1:role=style>", lora_dir=folder), ["<lora:gone>: gone.safetensors is", "a link"]
+    )
+    assert generate("<lora:fox:1:role=style>", lora_dir=folder).code == 0
+
+
+def test_a_linked_folder_is_searched_once(lora_dir: Path, tmp_path: Path):
+    folder, elsewhere = tmp_path / "loras", tmp_path / "elsewhere"
+    folder.mkdir()
+    (elsewhere / "deeper").mkdir(parents=True)
+    (elsewhere / "deeper" / "fox.safetensors").write_bytes(b"fox")
+    (folder / "linked").symlink_to(elsewhere, target_is_directory=True)
+    (elsewhere / "back").symlink_to(folder, target_is_directory=True)
+    assert find_lora(folder, "fox") == folder / "linked" / "deeper" / "fox.safetensors"
+    assert find_lora(folder, "linked/deeper/fox") == folder / "linked" / "deeper" / "fox.safetensors"
+
+
+@pytest.mark.parametrize("device", ["toaster", "cuda:99", "meta", "cpu:x"])
+@pytest.mark.parametrize("command", ["generate", "bench"])
+def test_a_device_that_is_not_there_is_one_clear_line(generate: Generate, command: str, device: str, tmp_path: Path):
+    if command == "generate":
+        assert_refused(generate(device=device), [f"--device {device}: there is no such device here"])
+        return
+    result = CliRunner().invoke(app, ["bench", "--unet", "tiny", "--pixels", "64", "--device", device])
+    assert result.exit_code == 2
+    assert result.stderr == f"error: --device {device}: there is no such device here\n"
+
+
+@pytest.mark.parametrize("option", ["out", "model", "lora_dir", "config", "subject_reference"])
+def test_a_name_that_is_too_long_for_a_file_is_one_clear_line(generate: Generate, tmp_path: Path, option: str):
+    said = generate(**{"score": True, "out": tmp_path / "out", option: tmp_path / ("x" * 300)})
+    assert said.code == 2
+    (line,) = [line for line in said.errors.splitlines() if line.startswith("error: ")]
+    assert "xxx" in line
+    assert "Traceback" not in said.errors
+    assert sorted(path.name for path in tmp_path.iterdir()) == []
+
+
+def test_a_lora_with_a_name_that_is_too_long_is_not_found(generate: Generate):
+    assert_refused(generate(f"<lora:{'x' * 100_000}:1:role=style>"), ["<lora:xxx", "fox", "ink"])
+
+
+@pytest.mark.parametrize("option", ["prompt", "negative"])
+def test_half_a_surrogate_pair_is_one_clear_line(generate: Generate, option: str):
+    said = generate(**{"prompt": "a fox", option: "a \ud800 fox"})
+    assert_refused(said, [f"--{option}: letter 3 is half a surrogate pair"])
+
+
+def test_half_a_surrogate_pair_in_a_name_is_written_as_an_escape(generate: Generate, tmp_path: Path):
+    """A file system may have names that are not UTF-8."""
+    out = tmp_path / "out-\udcff"
+    try:
+        out.mkdir()
+    except (OSError, UnicodeError):
+        pytest.skip("not on this file system")
+    said = generate("a fox", out=out)
+    assert said.code == 0, said.errors
+    assert said.lines[0].endswith("out-\\udcff/00000-7.png")
+    assert_refused(generate(strategy="\ud800"), ["strategy"])
+    assert_refused(generate(model=tmp_path / "\udcff"), ["\\udcff does not exist"])
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_no_numbers_are_refused(generate: Generate, lora_dir: Path, value: float):
     def spoil(state: dict[str, torch.Tensor]) -> None:
@@ -224,6 +308,9 @@ def test_layers_that_the_model_does_not_have_are_left_out_and_said(generate: Gen
         ({"balance": 2}, ["balance", "-1 to 1"]),
         ({"set": "softness=1"}, ["'kl-cfg'", "'softness'"]),
         ({"set": "softness"}, ["--set softness", "NAME=VALUE"]),
+        ({"strategy": "klora", "set": f"alpha={'9' * 400}"}, ["parameters: alpha: 999"]),
+        ({"strategy": "klora", "set": "alpha=1e999"}, ["parameters: alpha: inf"]),
+        ({"weight": f"clip_style={'9' * 400}"}, ["weight_clip_style: 999", "0 to 10"]),
         ({"size": "wide"}, ["--size wide", "512x768"]),
         ({"size": "60x64"}, ["60x64", "multiples of 8"]),
         ({"sampler": "Oiler"}, ["'Oiler'", "did you mean Euler?", "DPM++ 2M Karras"]),
@@ -265,9 +352,16 @@ def test_what_breaks_while_pictures_are_written_leaves_no_picture(generate: Gene
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("lib_dynfuse.trace.pictures.save", full)
-    said = generate()
-    assert said.code != 0
-    assert said.files == []
+    assert_refused(generate(), ["error: No space left on device"])
+
+
+def test_a_full_disk_is_one_clear_line_and_leaves_no_picture(generate: Generate, monkeypatch: pytest.MonkeyPatch):
+    def full(image: Any, path: Path, **_: Any) -> None:
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr("PIL.Image.Image.save", full)
+    assert_refused(generate(), ["error: 0-7.png: No space left on device"])
 
 
 def test_too_little_memory_is_one_clear_line(generate: Generate, monkeypatch: pytest.MonkeyPatch):

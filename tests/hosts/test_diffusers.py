@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -208,6 +209,36 @@ def test_half_precision_files_are_used_in_the_models_precision(host: Embedded, s
     own = by_diffusers(sd_folder, (lora_dir / "fox16.safetensors", 0.8), (lora_dir / "ink16.safetensors", 0.6))
     ours = picture(host, "<lora:fox16:0.8:role=subject><lora:ink16:0.6:role=style>", SUM)
     assert (ours - own).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize("layout", ["kohya", "peft"])
+@pytest.mark.parametrize("role", ["", ":role=style"])
+def test_factors_in_8_bits_are_their_numbers(
+    host: Embedded, lora_dir: Path, fox: Factors, dtype: torch.dtype, layout: str, role: str
+):
+    state = {key: value.to(dtype) for key, value in in_layout(layout, fox).items()}
+    save_file(state, lora_dir / "eight.safetensors")
+    save_file({key: value.float() for key, value in state.items()}, lora_dir / "wide.safetensors")
+    found, expected = (picture(host, f"<lora:{name}:0.8{role}>") for name in ("eight", "wide"))
+    assert torch.equal(found, expected)
+    assert (expected - picture(host, "")).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("tags", ["<lora:fox:0.8>", ROLES, f"{ROLES}<lora:detail:0.5>", "<lora:broken:1>"])
+def test_parameters_ask_for_gradients_as_before(sd_folder: Path, lora_dir: Path, tags: str):
+    host = Embedded.load(sd_folder, lora_dir, device="cpu", say=lambda line: None)
+    models = (host.pipe.unet, host.pipe.text_encoder, host.pipe.vae)
+    asked = {}
+    for model in models:
+        for number, parameter in enumerate(model.parameters()):
+            asked[parameter] = parameter.requires_grad_(number % 3 > 0).requires_grad
+    if "broken" in tags:
+        (lora_dir / "broken.safetensors").write_bytes(b"")
+    host.decoder("vae")(torch.zeros(1, 4, 8, 8))
+    with suppress(DynFuseError):
+        picture(host, tags)
+    assert {parameter: parameter.requires_grad for parameter in asked} == asked
 
 
 def text_factors(seed: int) -> Factors:

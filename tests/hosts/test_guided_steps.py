@@ -18,7 +18,7 @@ from lib_dynfuse.guidance.guide import Guide
 from lib_dynfuse.guidance.nudge import PAPER_STEP, Nudge
 from lib_dynfuse.hosts.diffusers import Embedded
 from lib_dynfuse.hosts.guided_steps import levels
-from lib_dynfuse.hosts.samplers import make_sampler, sampler_names
+from lib_dynfuse.hosts.samplers import SAMPLERS, make_sampler
 from lib_dynfuse.options import Options
 
 diffusers_logging.disable_progress_bar()
@@ -27,7 +27,7 @@ PROMPT = "a red fox"
 ROLES = "<lora:fox:0.8:role=subject><lora:ink:0.6:role=style>"
 KL = Options(enabled=True, strategy="kl")
 STEPS = 3
-ALL = [None, *sampler_names()]
+ALL = [None, *SAMPLERS]
 DECODE = linear("sd1")
 
 
@@ -92,7 +92,7 @@ def test_a_sampler_that_hands_out_its_prediction_of_the_picture_means_the_same_b
     generator = torch.Generator().manual_seed(0)
     checked = set()
     for prediction in ("epsilon", "v_prediction", "sample", "flow_prediction"):
-        for name in sampler_names():
+        for name in SAMPLERS:
             scheduler = make_sampler(own, name)
             scheduler.register_to_config(prediction_type=prediction)
             if prediction == "flow_prediction":
@@ -111,8 +111,8 @@ def test_a_sampler_that_hands_out_its_prediction_of_the_picture_means_the_same_b
                 torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
                 checked.add((prediction, name))
     ancestral = {("sample", "Euler"), ("sample", "Euler a"), ("sample", "PLMS")}
-    flows = {("flow_prediction", name) for name in sampler_names() if name == "UniPC" or name.startswith("DPM++")}
-    plain = {(kind, name) for kind in ("epsilon", "v_prediction", "sample") for name in sampler_names()} - ancestral
+    flows = {("flow_prediction", name) for name in SAMPLERS if name == "UniPC" or name.startswith("DPM++")}
+    plain = {(kind, name) for kind in ("epsilon", "v_prediction", "sample") for name in SAMPLERS} - ancestral
     assert checked >= plain | flows
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +16,7 @@ from lib_dynfuse.demo.export import ldm_tensors
 from lib_dynfuse.errors import DynFuseError
 from lib_dynfuse.hosts.diffusers import Embedded
 from lib_dynfuse.hosts.pipelines import open_pipeline
-from lib_dynfuse.hosts.samplers import make_sampler, sampler_name, sampler_names, sigmas
+from lib_dynfuse.hosts.samplers import SAMPLERS, make_sampler, sampler_name, sigmas
 
 PICTURE = {"prompt": "a fox", "steps": 2, "cfg": 3.0, "seeds": (7,), "tensors": True}
 
@@ -46,6 +47,50 @@ def test_a_folder_that_lacks_its_weights_is_refused(sd_folder: Path, tmp_path: P
     (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
     with pytest.raises(DynFuseError, match="model cannot be loaded"):
         open_pipeline(folder, torch.float32)
+
+
+@pytest.mark.parametrize(("channels", "kind"), [(9, "an inpainting model"), (8, "a model that edits"), (6, "of an")])
+def test_a_unet_that_takes_more_than_the_latent_is_refused_by_name(
+    sd_folder: Path, checkpoint: Path, tmp_path: Path, channels: int, kind: str
+):
+    said = f"{kind}.*: its UNet takes {channels} channels, a text-to-image model's 4; SD 1.x"
+    folder = tmp_path / "model"
+    shutil.copytree(sd_folder, folder)
+    settings = folder / "unet" / "config.json"
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "in_channels": channels}))
+    with pytest.raises(DynFuseError, match=f"model is {said}"):
+        open_pipeline(folder, torch.float32)
+    tensors = load_file(checkpoint)
+    tensors["model.diffusion_model.input_blocks.0.0.weight"] = torch.zeros(16, channels, 3, 3)
+    save_file(tensors, checkpoint)
+    with pytest.raises(DynFuseError, match=rf"tiny\.safetensors is {said}"):
+        open_pipeline(checkpoint, torch.float32, sd_folder)
+
+
+def test_sdxls_refiner_is_refused_by_name(sdxl_folder: Path, tmp_path: Path):
+    said = "has the second of SDXL's text encoders only, as its refiner has"
+    folder = tmp_path / "refiner"
+    folder.mkdir()
+    index = json.loads((sdxl_folder / "model_index.json").read_text())
+    parts = {**index, "text_encoder": [None, None], "tokenizer": [None, None]}
+    (folder / "model_index.json").write_text(json.dumps(parts))
+    with pytest.raises(DynFuseError, match=f"refiner {said}"):
+        open_pipeline(folder, torch.float32)
+    (folder / "model_index.json").write_text(json.dumps({**parts, "_class_name": "StableDiffusionXLImg2ImgPipeline"}))
+    with pytest.raises(DynFuseError, match="refiner is a StableDiffusionXLImg2ImgPipeline; SD 1"):
+        open_pipeline(folder, torch.float32)
+    file = tmp_path / "refiner.safetensors"
+    keys = ("model.diffusion_model.out.2.bias", "conditioner.embedders.0.model.ln_final.weight")
+    save_file({key: torch.zeros(2) for key in keys}, file)
+    with pytest.raises(DynFuseError, match=rf"refiner\.safetensors {said}"):
+        open_pipeline(file, torch.float32)
+
+
+@pytest.mark.parametrize("text", ["[]", "{", "[" * 100_000, '{"_class_name": ["x"]}', '{"_class_name": null}'])
+def test_a_damaged_index_is_refused(tmp_path: Path, text: str):
+    (tmp_path / "model_index.json").write_text(text)
+    with pytest.raises(DynFuseError, match=r"model_index\.json is damaged|is a .*; SD 1"):
+        open_pipeline(tmp_path, torch.float32)
 
 
 def test_a_config_that_is_no_folder_is_refused(checkpoint: Path):
@@ -94,7 +139,7 @@ def own_sampler(sd_folder: Path) -> object:
     return open_pipeline(sd_folder, torch.float32).scheduler
 
 
-@pytest.mark.parametrize("name", sampler_names())
+@pytest.mark.parametrize("name", SAMPLERS)
 def test_every_sampler_can_be_made_and_is_called_by_its_name(own_sampler: object, name: str):
     sampler = make_sampler(own_sampler, name.upper())
     assert sampler_name(sampler) == name

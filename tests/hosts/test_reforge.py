@@ -16,7 +16,8 @@ from lib_dynfuse.core import Role
 from lib_dynfuse.core.delta import LowRank, Scaled
 from lib_dynfuse.errors import DynFuseError
 from lib_dynfuse.hosts.base import Tag, Unsupported
-from lib_dynfuse.hosts.reforge import ForgeClassic, ForgeNeo, ReForge
+from lib_dynfuse.hosts.forge_neo import ForgeNeo
+from lib_dynfuse.hosts.reforge import ForgeClassic, ReForge
 
 FOX, INK, PLAIN = Tag("fox", 1.0, Role.SUBJECT), Tag("ink", 0.7, Role.STYLE), Tag("detail", 0.5, None)
 ALL = [("fox", 1.0), ("detail", 0.5), ("ink", 0.7)]

@@ -29,7 +29,6 @@ def test_a_generation_from_taking_over_to_giving_back(hand: Hand, said: list[str
     assert (hand.taken, hooks(hand), said) == (False, 0, [])
     assert record is not None
     assert [one.step for one in record.passes] == [0, 1, 2]
-    assert sessions.last_record() is record
 
 
 @torch.no_grad()
@@ -130,6 +129,21 @@ def test_rows_that_the_host_cuts_off_are_not_missed(hand: Hand, said: list[str])
         (["wrong"], "not fused: <lora:fox:role=subjekt>: unknown role 'subjekt'", False),
         (BOTH[:1], "no LoRA has role=style: nothing to choose from, fox 1 is applied as it is", True),
         (BOTH[1:], "no LoRA has role=subject: nothing to choose from, ink 0.9 is applied as it is", True),
+        (
+            [BOTH[1], Tag("dots", 1.0, Role.STYLE)],
+            "no LoRA has role=subject: nothing to choose from, ink 0.9 and dots 1 are applied as they are",
+            True,
+        ),
+        (
+            [Tag(name, 1.0, Role.SUBJECT) for name in ("fox", "cat", "hat")],
+            "no LoRA has role=style: nothing to choose from, fox 1, cat 1 and hat 1 are applied as they are",
+            True,
+        ),
+        (
+            [*BOTH, Tag("fox", 0.5, None), Tag("fox", 0.3, None), Tag("hat", 1.0, None)],
+            "fox is in the prompt with a role and without one: write one tag for it",
+            True,
+        ),
     ],
 )
 def test_what_is_missing_is_told_once(hand: Hand, said: list[str], tags: list[Any], told: str, taken: bool) -> None:
@@ -140,6 +154,24 @@ def test_what_is_missing_is_told_once(hand: Hand, said: list[str], tags: list[An
     assert len(said) == 1
     assert said[0].startswith(told)
     one.close()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("roles", "fused"), [((Role.SUBJECT, Role.STYLE), True), ((Role.STYLE,), False)])
+def test_a_batch_is_fused_where_a_layer_has_both_roles(
+    hand: Hand, said: list[str], roles: tuple[Role, ...], fused: bool
+) -> None:
+    hand.roles = roles
+    one = session(hand, said)
+    one.activate({"lora": BOTH})
+    assert not one.fused
+    one.attach(2)
+    assert one.fused is fused
+    one.activate({"lora": []})
+    one.attach(2)
+    assert one.fused is fused
+    one.finish_batch()
+    assert not one.fused
 
 
 @torch.no_grad()
@@ -155,6 +187,7 @@ def test_networks_without_a_common_layer_are_told(hand: Hand, said: list[str]) -
     }
     one.attach(1)
     assert said == ["the subject's and the style's LoRA have no layer in common: each is applied as it is"]
+    assert not one.fused
     one.close()
 
 

@@ -56,6 +56,12 @@ def test_the_heat_map_names_blocks_steps_roles_and_shares() -> None:
     assert {"75% subject, 25% style", "0%", "50%", "subject", "style"} <= set(texts(figure))
 
 
+def test_shares_of_weights_are_called_that() -> None:
+    of_weights = record(["input_blocks.1.1.a"], np.full((4, 1), 0.25, np.float32))
+    of_weights.weighed = True
+    assert "75% subject, 25% style of the weights" in texts(heat_map(of_weights))
+
+
 def pixels(figure: Figure, path: Path) -> np.ndarray:
     save(figure, path)
     return np.asarray(Image.open(path).convert("RGB")).astype(int)

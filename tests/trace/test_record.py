@@ -152,3 +152,15 @@ def test_a_trace_from_before_there_were_nudges_is_read(tmp_path: Path) -> None:
     del content["nudges"]
     (tmp_path / "trace.json").write_text(json.dumps(content))
     assert Record.from_json(tmp_path / "trace.json").nudges == {}
+
+
+def test_a_share_in_words_names_the_loras_and_says_what_it_is_a_share_of(tmp_path: Path) -> None:
+    one = Record([], [], np.empty((0, 0, 0, 4), np.float32), names={"subject": ["fox", "cat"], "style": ["ink"]})
+    share = {"subject": 0.61, "style": 0.39}
+    assert one.in_words(share) == "subject fox cat 61% style ink 39%"
+    one.weighed = True
+    one.to_json(tmp_path / "trace.json")
+    back = Record.from_json(tmp_path / "trace.json")
+    assert back.in_words(share) == "subject fox cat 61% style ink 39% of the weights"
+    back.names = {}
+    assert back.in_words(share) == "subject 61% style 39% of the weights"

@@ -3,6 +3,16 @@
 const {drive, until} = require("./browser.cjs");
 
 const [url, root, pictures] = process.argv.slice(2);
+/** What the WebUIs' own script does for a click on a card: a LoRA's tag is added, or taken out with its words. */
+function cardClicked(tabname, text) {
+    const area = document.querySelector(`#${tabname}_prompt textarea`);
+    const [, net, words] = text.match(/<([^:^>]+:[^:]+):[\d.]+>(.*)/);
+    const before = area.value;
+    area.value = before.replaceAll(/<([^:^>]+:[^:]+):[\d.]+>/g, (found, other) => (other === net ? "" : found));
+    if (area.value === before) area.value += ` ${text}`;
+    else area.value = area.value.replace(words, "").trim();
+    area.dispatchEvent(new Event("input", {bubbles: true}));
+}
 const PROMPT = "a fox <lora:my_fox:1>, <lora:ink:0.9:0.8:dyn=3> (blue:1.2) <hypernet:x:1> <lyco:detail:0.6>";
 
 async function look(page) {
@@ -12,12 +22,19 @@ async function look(page) {
     const chips = (tab = "txt2img") => text(`#dynfuse_roles_${tab} .dynfuse-chip`);
     const words = async (tab) => (await chips(tab).allInnerTexts()).map((one) => one.replace(/\s+/g, " ").trim());
     const status = (tab = "txt2img") => text(`#dynfuse_roles_${tab} .dynfuse-status > div`).allInnerTexts();
+    /** The status once it has this many lines. */
+    const lines = (count) => until(status, (now) => now.length === count);
     const focused = () => page.evaluate(() => document.activeElement.getAttribute("aria-label"));
     /** The panel's values as Python gets them. */
     const read = async () => {
         await area("txt2img_values").fill("");
-        await text("#txt2img_read").click();
-        return JSON.parse(await until(() => value("txt2img_values"), (now) => now));
+        let found = "";
+        // A page that is not quite loaded on a busy machine loses a click.
+        for (let tries = 0; tries < 3 && !found; tries++) {
+            await text("#txt2img_read").click();
+            found = await until(() => value("txt2img_values"), (now) => now);
+        }
+        return JSON.parse(found);
     };
     const click = async (index) => {
         await chips().nth(index).click();
@@ -27,11 +44,14 @@ async function look(page) {
         await area("txt2img_prompt").waitFor();
         await page.addStyleTag({path: `${root}/style.css`});
         await page.addScriptTag({path: `${root}/javascript/dynfuse.js`});
+        await page.evaluate(`window.cardClicked = ${cardClicked}`);
         await text("#dynfuse_roles_img2img .dynfuse-status").waitFor({state: "attached"});
     };
+    const control = (name, inside) => text(`#txt2img_${name} ${inside}`).first();
     const seen = {};
 
     await area("txt2img_prompt").waitFor();
+    await page.evaluate(`window.cardClicked = ${cardClicked}`);
     const names = await page.evaluate(() => Object.getOwnPropertyNames(window).length);
     await load();
     seen.newNames = await page.evaluate(() => Object.getOwnPropertyNames(window).length) - names;
@@ -45,13 +65,15 @@ async function look(page) {
     for (let turn = 0; turn < 3; turn++) seen.clicks.push(await click(0));
     await click(0);
     seen.secondTag = [await click(1), await click(1)];
-    seen.both = {chips: await words(), status: await status()};
+    seen.both = {chips: await words(), unticked: await lines(2)};
+    await control("enabled", "input").check();
+    seen.both.status = await lines(1);
     seen.undone = [];
     for (let turn = 0; turn < 2; turn++) {
         await page.keyboard.press("Control+z");
         seen.undone.push(await value("txt2img_prompt"));
     }
-    seen.undoneChips = await until(words, (now) => now[1].includes("plain"));
+    seen.undoneChips = await until(words, (now) => now[1]?.includes("plain"));
 
     await chips().nth(2).focus();
     await page.keyboard.press("Enter");
@@ -71,19 +93,38 @@ async function look(page) {
 
     await area("txt2img_prompt").fill("<lora:fox:1:role=sbject>");
     seen.wrong = {chips: await until(words, (now) => now.length === 1), status: await status()};
+    await area("txt2img_prompt").fill("<lora:fox:1,0:role=subject>");
+    seen.unreadable = {chips: await until(words, (now) => now[0]?.includes("1,0")), status: await status()};
+    await area("txt2img_prompt").fill("<lora:fox:1:role=subject> <lora:gone:1:role=style>");
+    seen.unlisted = {status: await until(status, (now) => now[0]?.includes("not in")), chips: await words()};
+    seen.unlisted.dashed = await text("#dynfuse_roles_txt2img .dynfuse-doubtful").allInnerTexts();
+    await area("txt2img_prompt").fill("<lora:fox:1:role=subject> <lora:ink:1:role=style>");
+    seen.listed = await until(status, (now) => now[0]?.startsWith("subject"));
+    await area("txt2img_neg_prompt").fill("blurry <lora:detail:1>");
+    seen.negative = await lines(2);
+    await area("txt2img_neg_prompt").fill("");
     await area("txt2img_prompt").fill("");
+    seen.emptied = await lines(1);
 
     await area("img2img_prompt").fill("<lora:other:1:role=style>");
     seen.tabs = {img2img: await until(() => words("img2img"), (now) => now.length), txt2img: await words("txt2img")};
 
+    await control("enabled", "input").uncheck();
     await text(".card").hover();
     await page.locator(".dynfuse-card-button", {hasText: "S"}).click();
     seen.card = [await value("txt2img_prompt")];
+    seen.cardTicks = {box: await control("enabled", "input").isChecked(), python: (await read()).enabled};
     await page.locator(".dynfuse-card-button", {hasText: "T"}).click();
     seen.card.push(await value("txt2img_prompt"));
     seen.cardOpened = await page.evaluate(() => window.cardOpened === true);
+    const plainClick = async () => {
+        await text(".card .name").click();
+        return value("txt2img_prompt");
+    };
+    seen.plainClicks = [await plainClick(), await plainClick(), await plainClick()];
+    await area("txt2img_prompt").fill("");
+    await control("enabled", "input").uncheck();
 
-    const control = (name, inside) => text(`#txt2img_${name} ${inside}`).first();
     const balance = control("balance", "input[type=number]");
     await balance.fill("0.25");
     await balance.blur();
@@ -144,9 +185,13 @@ async function look(page) {
 
     await text("#txt2img_paste").click();
     seen.pasted = {prompt: await until(() => value("txt2img_prompt"), (now) => now.startsWith("pasted"))};
-    seen.pasted.chips = await until(words, (now) => now[0].includes("ink"));
+    seen.pasted.chips = await until(words, (now) => now[0]?.includes("ink"));
     seen.pasted.shown = await until(shown, (now) => now.nudged);
     seen.pasted.values = await read();
+    await text("#txt2img_paste_without_us").click();
+    seen.afterwards = await until(read, (now) => !now.enabled && !now.nudge);
+    await text("#txt2img_paste").click();
+    await until(() => rule.inputValue(), (now) => now === "kl-soft");
     const parameters = control("parameters", ":is(input, textarea)");
     await choose("kl", "Each layer");
     seen.parametersOfAnotherRule = await until(() => parameters.inputValue(), (now) => !now);
@@ -157,6 +202,8 @@ async function look(page) {
         await area("txt2img_prompt").fill("fox <lora:my_fox:1:role=subject> <lora:ink:0.9:role=style> <lora:detail:0.6>");
         await area("hires_prompt").fill("fox <lora:my_fox:1:role=sbject>");
         await until(words, (now) => now.length === 4);
+        await area("txt2img_neg_prompt").fill("blurry <lora:detail:1>");
+        await lines(4);
         await page.screenshot({path: `${pictures}/${theme}.png`});
         await tick("nudge", true);
         await give("subject_references", "panel.png", "sheet-webui.png");

@@ -10,7 +10,9 @@ from __future__ import annotations
 import html
 import json
 import sys
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -20,7 +22,14 @@ import gradio as gr
 from lib_dynfuse.webui.arguments import ORDER, PICTURES, pictures
 from lib_dynfuse.webui.panel import build
 
+# The host's list of LoRAs: names and aliases.
+_LISTED = dict.fromkeys(("my_fox", "ink", "detail", "crisp", "other", "fox"), object())
+sys.modules["networks"] = SimpleNamespace(  # type: ignore[assignment]
+    available_networks=_LISTED, available_network_aliases=_LISTED, forbidden_network_aliases={}
+)
+
 PASTED_PROMPT = "pasted <lora:ink:0.9:role=style>"
+PASTED_WITHOUT_US = {"Steps": "20", "Sampler": "Euler a"}
 PASTED = {
     "DynFuse": "0.1.0",
     "DynFuse strategy": "kl-soft",
@@ -45,6 +54,7 @@ CARD = f"""
 def tab(name: str) -> None:
     """One tab's prompt and panel. `read` writes the panel's values, as the script receives them, into `values`."""
     prompt = gr.Textbox("", lines=3, label="Prompt", elem_id=f"{name}_prompt")
+    gr.Textbox("", lines=2, label="Negative prompt", elem_id=f"{name}_neg_prompt")
     if name == "txt2img":
         gr.HTML(CARD)
         gr.Textbox("", lines=3, label="Hires prompt", elem_id="hires_prompt")
@@ -60,14 +70,15 @@ def tab(name: str) -> None:
         read, inputs=[prompt, *panel.components], outputs=[values, prompt_values]
     )
 
-    def paste() -> list[Any]:
+    def paste(params: dict[str, str]) -> list[Any]:
         # As in the WebUI None leaves a component as it is.
-        values = (value(PASTED) for _, value in panel.infotext_fields)
+        values = (value(params) for _, value in panel.infotext_fields)
         return [PASTED_PROMPT, *(gr.update() if value is None else value for value in values)]
 
-    gr.Button("Paste", elem_id=f"{name}_paste").click(
-        paste, inputs=[], outputs=[prompt, *(component for component, _ in panel.infotext_fields)]
-    )
+    for label, params in (("paste", PASTED), ("paste_without_us", PASTED_WITHOUT_US)):
+        gr.Button(label, elem_id=f"{name}_{label}").click(
+            partial(paste, params), inputs=[], outputs=[prompt, *(component for component, _ in panel.infotext_fields)]
+        )
 
 
 with gr.Blocks(title="DynFuse") as page:

@@ -11,6 +11,7 @@ from lib_dynfuse.options import Options
 from lib_dynfuse.webui.arguments import read_arguments
 
 Seen = dict[str, Any]
+UNTICKED = "roles do nothing yet: tick Dynamic LoRA Fusion"
 REST = ", <lora:ink:0.9:0.8:dyn=3> (blue:1.2) <hypernet:x:1> <lyco:detail:0.6>"
 
 
@@ -45,9 +46,11 @@ def test_a_tags_other_parts_are_kept(page_seen: Seen) -> None:
 
 
 def test_both_roles_are_told(page_seen: Seen) -> None:
+    said = "subject: my_fox 1.0 · style: ink 0.8 · plain: detail"
     assert page_seen["both"] == {
         "chips": ["● my_fox 1.0 subject", "◆ ink 0.8 style", "○ detail 0.6 plain"],
-        "status": ["subject: my_fox 1.0 · style: ink 0.8 · plain: detail"],
+        "unticked": [said, UNTICKED],
+        "status": [said],
     }
 
 
@@ -85,6 +88,27 @@ def test_an_unknown_role_is_named_with_what_is_allowed(page_seen: Seen) -> None:
     assert page_seen["wrong"] == {"status": [said], "chips": ["? fox 1.0 sbject"]}
 
 
+def test_a_number_that_the_webui_cannot_read_is_named(page_seen: Seen) -> None:
+    (said,) = page_seen["unreadable"]["status"]
+    assert said.startswith('<lora:fox:1,0:role=subject>: strength "1,0" is not a number; write for example 0.8')
+    assert page_seen["unreadable"]["chips"] == ["● fox 1,0 subject"]
+
+
+def test_a_lora_that_is_not_there_is_named(page_seen: Seen) -> None:
+    assert page_seen["unlisted"] == {
+        "status": ["not in the WebUI's list: gone (refresh the list if the file is new)"],
+        "chips": ["● fox 1.0 subject", "◆ gone 1.0 style"],
+        "dashed": ["◆ gone 1.0 style"],
+    }
+    assert page_seen["listed"] == ["subject: fox 1.0 · style: ink 1.0"]
+
+
+def test_a_lora_in_the_negative_prompt_is_hinted_at(page_seen: Seen) -> None:
+    said = "negative prompt: <lora:detail:1> does nothing there; write it into the prompt"
+    assert page_seen["negative"] == ["subject: fox 1.0 · style: ink 1.0", said]
+    assert page_seen["emptied"] == ["no LoRA in the prompt: add one for the subject and one for the style"]
+
+
 def test_each_tab_shows_its_own_prompt(page_seen: Seen) -> None:
     assert page_seen["tabs"] == {"txt2img": [], "img2img": ["◆ other 1.0 style"]}
 
@@ -92,6 +116,16 @@ def test_each_tab_shows_its_own_prompt(page_seen: Seen) -> None:
 def test_a_cards_corner_buttons_insert_it_with_a_role_or_change_the_role_it_has(page_seen: Seen) -> None:
     assert page_seen["card"] == ["<lora:my_fox:0.7:role=subject> a fox", "<lora:my_fox:0.7:role=style> a fox"]
     assert not page_seen["cardOpened"]
+
+
+def test_a_cards_corner_buttons_tick_the_panel(page_seen: Seen) -> None:
+    assert page_seen["cardTicks"] == {"box": True, "python": True}
+
+
+def test_a_click_on_the_card_of_a_lora_with_a_role_takes_it_out_and_adds_no_second_tag(page_seen: Seen) -> None:
+    first, second, third = page_seen["plainClicks"]
+    assert (first, third) == ("", "")
+    assert second.strip() == "<lora:my_fox:0.7> a fox"
 
 
 def test_untouched_the_panel_gives_the_options_defaults(page_seen: Seen) -> None:
@@ -138,6 +172,12 @@ def test_a_pasted_picture_fills_panel_and_chips(page_seen: Seen) -> None:
         "keep_best": 0,
     }
     assert pasted["shown"] == {"compared": True, "nudged": True}
+
+
+def test_a_picture_made_without_us_sets_back_what_was_pasted_but_no_pictures(page_seen: Seen) -> None:
+    pictures = {name: page_seen["given"][name] for name in ("subject_references", "style_references")}
+    assert all(pictures.values())
+    assert page_seen["afterwards"] == {**page_seen["defaults"], **pictures}
 
 
 def test_what_guidance_does_not_need_now_is_hidden(page_seen: Seen) -> None:

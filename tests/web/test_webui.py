@@ -86,6 +86,26 @@ def test_the_hires_prompts_loras_are_shown_while_hires_fix_is_on(webui_seen: See
 
 def test_a_loras_card_inserts_it_with_a_role(webui_seen: Seen, networks: tuple[str, str]) -> None:
     assert webui_seen["card"].strip() == f"<lora:{networks[0]}:1:role=subject>"
+    assert webui_seen["cardTicks"]
+
+
+def test_a_click_on_a_card_takes_a_lora_with_a_role_out_again(webui_seen: Seen, networks: tuple[str, str]) -> None:
+    tags = [text.strip() for text in webui_seen["plainClicks"]]
+    assert tags == ["", f"<lora:{networks[0]}:1>", ""]
+
+
+def test_roles_while_the_panel_is_unticked_are_said_to_do_nothing(webui_seen: Seen) -> None:
+    unticked = webui_seen["unticked"]
+    assert "the prompt gives roles: tick to use them" in unticked["header"]
+    assert unticked["status"][-1] == "roles do nothing yet: tick Dynamic LoRA Fusion"
+    for said in ("info", "comments"):
+        assert unticked[said].count("LoRAs have roles, but Dynamic LoRA Fusion is not ticked") == 1
+    assert "DynFuse strategy" not in unticked["info"]
+
+
+def test_a_lora_that_is_not_there_and_a_number_that_is_none_are_named(webui_seen: Seen) -> None:
+    assert '"1,0" is not a number' in webui_seen["unreadable"][0]
+    assert webui_seen["unlisted"][0].startswith("not in the WebUI's list: no such")
 
 
 def test_the_settings_page_has_a_section_of_ours(webui_seen: Seen) -> None:

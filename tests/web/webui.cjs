@@ -82,13 +82,39 @@ async function look(page) {
     await on("#txt2img_hr-visible-checkbox").uncheck();
     seen.hires.unused = await until(words, (now) => now.length === 1);
 
+    await tick.uncheck();
+    // Folded, the panel shows its header alone.
+    const header = on("#script_txt2img_dynfuse_enabled .label-wrap");
+    if ((await header.getAttribute("class")).includes("open")) await header.click({position: {x: 400, y: 8}});
+    await tick.uncheck();
+    await prompt.fill(`a <lora:${subject}:1:role=subject> <lora:${style}:1:role=style>`);
+    seen.unticked = {header: await until(() => header.innerText(), (now) => now.includes("tick to use"))};
+    seen.unticked.status = await status();
+    await page.screenshot({path: `${pictures}/webui-unticked.png`});
+    await on("#txt2img_generate").click();
+    await page.waitForFunction(() => document.querySelector("#html_info_txt2img")?.innerText.includes("DynFuse note"), null,
+        {timeout: MADE_IN_MS});
+    seen.unticked.info = await info();
+    seen.unticked.comments = await on("#html_log_txt2img").innerText();
+    await page.screenshot({path: `${pictures}/webui-unticked-made.png`});
+    await prompt.fill(`a <lora:${subject}:1,0:role=subject>`);
+    seen.unreadable = await until(status, (now) => now[0]?.includes("is not a number"));
+    await prompt.fill(`a <lora:${subject}:1:role=subject> <lora:no such:1:role=style>`);
+    seen.unlisted = await until(status, (now) => now[0]?.includes("not in the"));
+
     await prompt.fill("");
     await page.locator("#txt2img_extra_tabs > .tab-nav button", {hasText: /^\s*Lora\s*$/}).click();
     const card = on(`#txt2img_lora_cards .card[data-name="${subject}"]`);
     await card.hover();
     await card.locator(".dynfuse-card-button", {hasText: "S"}).click();
     seen.card = await prompt.inputValue();
+    seen.cardTicks = await until(() => tick.isChecked(), (now) => now);
     await page.screenshot({path: `${pictures}/webui-card.png`});
+    const plainClick = async () => {
+        await card.locator(".name").click();
+        return prompt.inputValue();
+    };
+    seen.plainClicks = [await plainClick(), await plainClick(), await plainClick()];
 
     await page.locator("#tabs > .tab-nav button", {hasText: /^\s*Settings\s*$/}).click();
     await page.locator("#settings > .tab-nav button", {hasText: "Dynamic LoRA Fusion"}).click();

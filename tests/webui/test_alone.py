@@ -29,9 +29,17 @@ class Inner:
 
     def __init__(self, **given: Any) -> None:
         self.given, self.closed = given, False
+        self.scripts: Any = None
+        self.script_args: Any = None
 
     def close(self) -> None:
         self.closed = True
+
+
+class Scripts:
+    """The host's runner of scripts, which has none yet."""
+
+    alwayson_scripts: tuple[Any, ...] = ()
 
 
 class Bar:
@@ -85,7 +93,8 @@ class Host:
         modules.sd_hijack = SimpleNamespace(model_hijack=self.hijack)
         modules.cache = SimpleNamespace(cache_dir=str(folder / "cache"))
         modules.processing = SimpleNamespace(StableDiffusionProcessingTxt2Img=Inner, process_images=self.process_images)
-        for name in ("shared", "sd_models", "sd_hijack", "cache", "processing"):
+        modules.scripts = SimpleNamespace(ScriptRunner=Scripts)
+        for name in ("shared", "sd_models", "sd_hijack", "cache", "processing", "scripts"):
             monkeypatch.setitem(sys.modules, f"modules.{name}", getattr(modules, name))
         monkeypatch.setitem(sys.modules, "modules", modules)
         monkeypatch.setitem(sys.modules, "networks", self.networks)
@@ -117,6 +126,13 @@ class Host:
         pictures = [Image.new("RGB", (4, 2), (seed, 0, 0)) for seed in p.given["seed"]]
         grid = [Image.new("RGB", (8, 8), "white")] * self.grids
         return SimpleNamespace(images=[*grid, *pictures], index_of_first_image=self.grids)
+
+    def plain_process_images(self, p: Inner) -> Any:
+        self.runs.append(p)
+        return SimpleNamespace(images=[Image.new("RGB", (4, 2))] * len(p.given["seed"]), index_of_first_image=0)
+
+    def use_process_images(self) -> None:
+        vars(sys.modules["modules.processing"])["process_images"] = self.process_images
 
     def snapshot(self) -> list[Any]:
         return [
@@ -181,7 +197,8 @@ def test_a_picture_is_made_as_the_run_makes_its_own(host: Host, cache: Cache) ->
     assert (inner.given["batch_size"], inner.given["n_iter"]) == (2, 1)
     assert inner.given["do_not_save_samples"]
     assert inner.given["do_not_save_grid"]
-    assert not {"scripts", "enable_hr", "refiner_checkpoint", "override_settings"} & {*inner.given, *vars(inner)}
+    assert not {"enable_hr", "refiner_checkpoint", "override_settings"} & {*inner.given, *vars(inner)}
+    assert "scripts" not in inner.given
     assert inner.closed
 
 
@@ -289,6 +306,24 @@ def test_the_run_under_way_does_not_notice(host: Host, cache: Cache, failing: bo
     # The host's text of the last run, and its encoded prompts, stay those of the run itself.
     assert all(row[3] for row in host.seen)
     assert all(inner.cached_c == [None, None] and inner.cached_c is not Inner.cached_c for inner in host.runs)
+    # reForge looks into the scripts of every run unasked.
+    assert all(inner.scripts.alwayson_scripts == () and inner.script_args == () for inner in host.runs)
+
+
+@pytest.mark.parametrize("lacks", ["modules.sd_hijack", "no_prompt_history", "comments", "current_image"])
+def test_what_a_host_does_not_have_is_not_asked_of_it(
+    host: Host, cache: Cache, lacks: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if lacks.startswith("modules."):  # as on Forge Neo
+        monkeypatch.setitem(sys.modules, lacks, None)
+    else:
+        for owner in (host.commands, host.hijack, host.state):
+            vars(owner).pop(lacks, None)
+        monkeypatch.setattr(host, "process_images", host.plain_process_images)
+        host.use_process_images()
+    before = sorted([*vars(host.commands), *vars(host.hijack), *vars(host.state)])
+    assert len(pictures_alone(run(BOTH), Role.SUBJECT, cache)) == 1
+    assert sorted([*vars(host.commands), *vars(host.hijack), *vars(host.state)]) == before
 
 
 @pytest.mark.parametrize("flag", ["interrupted", "skipped"])

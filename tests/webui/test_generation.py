@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
@@ -13,11 +16,14 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from lib_dynfuse import __version__
 from lib_dynfuse import session as sessions
+from lib_dynfuse.core import strategies
 from lib_dynfuse.core.delta import LowRank
 from lib_dynfuse.core.types import Role, Row
+from lib_dynfuse.guidance.pictures import PictureFile
 from lib_dynfuse.hosts.base import Before, Layers, Place, Tag, Unsupported
-from lib_dynfuse.webui import generation
+from lib_dynfuse.webui import generation, guided, traces
 
 LORAS = {"lora": [Tag("fox", 1.0, Role.SUBJECT), Tag("ink", 0.9, Role.STYLE)]}
 NONE: dict[str, list[Any]] = {"lora": []}
@@ -123,10 +129,27 @@ def test_a_picture_says_what_it_was_made_with_and_what_was_chosen(hand: Hand) ->
     before = written(p)
     sample(p, hand)
     generation.finish(p, SimpleNamespace())
-    assert before == {"DynFuse": before["DynFuse"], "DynFuse strategy": "kl", "DynFuse balance": "0.5"}
-    chosen = written(p).pop("DynFuse chosen")
-    assert chosen in ("subject 0% style 100%", "subject 100% style 0%", "subject 50% style 50%")
+    after = written(p)
+    assert before == {}
+    chosen = after.pop("DynFuse chosen")
+    assert after == {"DynFuse": __version__, "DynFuse strategy": "kl", "DynFuse balance": "0.5"}
+    assert re.fullmatch(r"subject fox (\d+)% style ink (\d+)%", chosen)
     assert p.comments == []
+
+
+@pytest.mark.parametrize("rule", sorted(strategies()))
+def test_what_is_said_of_a_choice_is_true_for_the_rule(hand: Hand, rule: str) -> None:
+    p = processing()
+    generation.begin(p, [{"enabled": True, "strategy": rule}])
+    sample(p, hand)
+    generation.finish(p, SimpleNamespace())
+    chosen = written(p).get("DynFuse chosen")
+    if rule in ("sum", "np"):
+        assert chosen is None, "nothing is chosen there"
+        return
+    assert chosen is not None
+    assert chosen.startswith("subject fox ")
+    assert chosen.endswith(" of the weights") is (rule in ("sum-cfg", "kl-cfg", "kl-soft"))
 
 
 def test_every_picture_of_a_batch_has_its_own_share(hand: Hand) -> None:
@@ -138,8 +161,135 @@ def test_every_picture_of_a_batch_has_its_own_share(hand: Hand) -> None:
     assert "DynFuse chosen" not in written(p, 6)
 
 
-def test_off_leaves_no_trace(hand: Hand) -> None:
+def test_a_picture_that_was_not_fused_says_nothing_of_a_rule(hand: Hand) -> None:
+    p = processing(all_prompts=["a fox <lora:fox:1>"])
+    generation.begin(p, [{"enabled": True, "strategy": "kl", "balance": 0.5}])
+    sample(p, hand, NONE)
+    assert list(written(p)) == ["DynFuse note"]
+    generation.finish(p, SimpleNamespace())
+
+
+def test_fusion_that_could_not_begin_leaves_no_rule_in_the_infotext(hand: Hand, monkeypatch: Any) -> None:
+    def fail() -> Layers:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(hand, "layers", fail)
     p = processing()
+    generation.begin(p, [{"enabled": True, "strategy": "kl"}])
+    sample(p, hand)
+    assert list(written(p)) == ["DynFuse note"]
+
+
+def test_each_batch_says_whether_it_was_fused(hand: Hand) -> None:
+    p = processing(all_prompts=["a fox <lora:fox:1>"] * 3)
+    generation.begin(p, [{"enabled": True, "strategy": "kl"}])
+    said = []
+    for p.iteration, networks in enumerate((NONE, LORAS, NONE)):
+        sample(p, hand, networks)
+        said.append("DynFuse strategy" in written(p))
+    assert said == [False, True, False]
+
+
+def test_a_picture_is_fused_whose_hires_pass_alone_is_not(hand: Hand) -> None:
+    p = processing()
+    generation.begin(p, [{"enabled": True, "strategy": "kl"}])
+    generation.activate(p, LORAS)
+    generation.attach(p)
+    generation.activate(p, NONE)
+    generation.attach(p)
+    generation.finish_batch(p, torch.rand(1, 3, 8, 8))
+    assert written(p)["DynFuse strategy"] == "kl"
+
+
+def test_a_picture_that_was_only_compared_says_with_what_and_of_no_rule(hand: Hand, monkeypatch: Any) -> None:
+    compared = SimpleNamespace(decoder=None, guide=lambda p: None, scores=lambda p, images: [{"harmonic_mean": 0.5}])
+    monkeypatch.setattr(guided, "begin", lambda *_: compared)
+    p = processing(all_prompts=["a fox <lora:fox:1>"])
+    generation.begin(p, [{"enabled": True, "strategy": "kl", "balance": 0.5, "score": True, "clip": "mine"}])
+    sample(p, hand, NONE)
+    said = written(p)
+    generation.finish(p, SimpleNamespace())
+    assert {key: said[key] for key in ("DynFuse", "DynFuse clip")} == {"DynFuse": __version__, "DynFuse clip": "mine"}
+    assert not {"DynFuse strategy", "DynFuse balance"} & set(said)
+
+
+ROLES = "a fox <lora:fox:1:role=subject> <lora:ink:0.9:role=style>"
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({"all_prompts": [ROLES]}, True),
+        ({"all_prompts": ["a fox <lora:fox:1>", ROLES, ROLES]}, True),
+        ({"all_prompts": ["a <lora:fox:1: Role = Subject>"]}, True),
+        ({"all_prompts": ["a <lora:fox:role=sbject>"]}, True),
+        ({"all_prompts": ["a <lora:fox:1> role=subject <lora:ink:1:role=none>"]}, False),
+        ({"all_prompts": ["a fox"], "all_hr_prompts": [ROLES], "enable_hr": True}, True),
+        ({"all_prompts": ["a fox"], "all_hr_prompts": [ROLES], "enable_hr": False}, False),
+    ],
+)
+def test_roles_that_nobody_looks_at_are_told_once(hand: Hand, values: dict[str, Any], told: bool) -> None:
+    p = processing(**values)
+    plain = hand.unet(torch.ones(2, 4, 6))
+    generation.begin(p, [{"enabled": False}])
+    for p.iteration in range(2):
+        assert torch.equal(sample(p, hand), plain)
+    said = "LoRAs have roles, but Dynamic LoRA Fusion is not ticked (enabled): they are added as without roles"
+    assert p.comments == ([f"DynFuse: {said}"] if told else [])
+    assert written(p) == ({"DynFuse note": said} if told else {})
+
+
+@pytest.mark.parametrize(
+    ("enabled", "negative", "told"),
+    [
+        (True, "blurry <lora:ink:1>", "<lora:ink:1>"),
+        (True, "<lora:ink:1> <lora:fox:1:role=style> <lora:ink:1>", "<lora:ink:1>, <lora:fox:1:role=style>"),
+        (False, "<lora:ink:1> <lora:fox:1:role=style>", "<lora:fox:1:role=style>"),
+        (False, "<lora:ink:1>", ""),
+        (True, "blurry", ""),
+    ],
+)
+def test_a_lora_in_the_negative_prompt_is_told(hand: Hand, enabled: bool, negative: str, told: str) -> None:
+    p = processing(all_prompts=["a fox"], all_negative_prompts=[negative, negative])
+    generation.begin(p, [{"enabled": enabled}])
+    sessions.close_all()
+    said = f"DynFuse: {told}: a LoRA in the negative prompt does nothing; write it into the prompt"
+    assert p.comments == ([said] if told else [])
+
+
+@pytest.mark.parametrize(
+    ("networks", "batches", "said"),
+    [
+        (LORAS, 1, "1 picture, fused by kl (subject fox 1; style ink 0.9)"),
+        (LORAS, 2, "2 pictures, fused by kl (subject fox 1; style ink 0.9)"),
+        (NONE, 1, "1 picture, not fused"),
+    ],
+)
+def test_the_log_has_one_line_a_generation_and_what_is_wrong(
+    hand: Hand, caplog: pytest.LogCaptureFixture, networks: Any, batches: int, said: str
+) -> None:
+    p = processing(all_prompts=["a fox <lora:fox:1>"] * batches)
+    generation.begin(p, [{"enabled": True, "strategy": "kl"}])
+    for p.iteration in range(batches):
+        sample(p, hand, networks)
+    generation.finish(p, SimpleNamespace())
+    lines = [(record.levelname, record.getMessage()) for record in caplog.records]
+    assert lines[-1] == ("INFO", said)
+    assert [level for level, _ in lines[:-1]] == (["WARNING"] if networks is NONE else [])
+
+
+def test_the_log_says_nothing_of_a_generation_that_is_none_of_ours(
+    hand: Hand, caplog: pytest.LogCaptureFixture
+) -> None:
+    p = processing(all_prompts=["a fox <lora:fox:1>"])
+    generation.begin(p, [{"enabled": False}])
+    sample(p, hand)
+    generation.finish(p, SimpleNamespace())
+    assert caplog.records == []
+
+
+def test_off_leaves_no_trace(hand: Hand) -> None:
+    p = processing(all_prompts=["a fox <lora:fox:1>"])
     plain = hand.unet(torch.ones(2, 4, 6))
     generation.begin(p, [{"enabled": False, "balance": 0.5}])
     assert torch.equal(sample(p, hand), plain)
@@ -200,6 +350,7 @@ def test_a_grid_s_cells_do_not_pass_on_what_was_written(hand: Hand) -> None:
     first = copy(p)
     generation.begin(first, [{"enabled": True}])
     sample(first, hand)
+    p.all_prompts[:] = ["a fox"]
     second = copy(first)  # shares extra_generation_params
     generation.begin(second, [{"enabled": False}])
     assert second.extra_generation_params == {}
@@ -209,8 +360,8 @@ def test_a_grid_s_cells_do_not_pass_on_what_was_written(hand: Hand) -> None:
 def test_a_cell_s_own_options_come_from_its_axes(hand: Hand) -> None:
     p = processing(_dynfuse_overrides={"strategy": "sum"})
     generation.begin(p, [{"enabled": True, "strategy": "kl"}])
+    sample(p, hand)
     assert written(p)["DynFuse strategy"] == "sum"
-    sessions.close_all()
 
 
 @pytest.mark.parametrize("rule", ["kl", "kl-token"])
@@ -250,3 +401,95 @@ def test_an_inner_generation_does_not_disturb_the_outer_one(hand: Hand) -> None:
     fused = sample(outer, hand)
     assert not torch.equal(fused, hand.unet(torch.ones(2, 4, 6)))
     generation.finish(outer, SimpleNamespace())
+
+
+def test_a_picture_s_own_trace_is_named_in_the_answer_and_nowhere_else(
+    hand: Hand, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(traces, "kept", traces.Traces())
+    p = processing(batch_size=2, all_prompts=["a <lora:fox:1>"] * 4)
+    generation.begin(p, [{"enabled": True}])
+    for p.iteration in (0, 1):
+        sample(p, hand, images=2)
+    processed = SimpleNamespace(extra_generation_params=p.extra_generation_params)
+    generation.finish(p, processed)
+    names = processed.extra_generation_params["DynFuse trace"]
+    found = [traces.kept.find(name) for name in names]
+    assert [one[1] for one in found if one is not None] == [0, 1, 0, 1]
+    assert found[0][0] is found[1][0] is not found[2][0]  # type: ignore[index]
+    assert len(set(names)) == 4
+    assert all(len(name) >= 20 for name in names)
+    assert "DynFuse trace" not in written(p), "a grid's infotext is written from this afterwards"
+
+
+def test_the_answer_can_be_written_as_json(hand: Hand) -> None:
+    p = processing()
+    generation.begin(p, [{"enabled": True}])
+    sample(p, hand)
+    processed = SimpleNamespace()
+    generation.finish(p, processed)
+    assert json.loads(json.dumps(processed.extra_generation_params))["DynFuse strategy"] == "kl-cfg"
+
+
+def test_a_picture_that_is_not_fused_has_no_trace(hand: Hand) -> None:
+    p = processing()
+    generation.begin(p, [{"enabled": True}])
+    sample(p, hand, NONE)
+    processed = SimpleNamespace()
+    generation.finish(p, processed)
+    assert "DynFuse trace" not in processed.extra_generation_params
+
+
+@pytest.mark.parametrize("axis", [False, True])
+def test_a_path_in_a_request_is_not_read_and_not_repeated(
+    hand: Hand, axis: bool, tmp_path: Any, picture: bytes, allowed: list[str]
+) -> None:
+    secret = tmp_path / "secret.png"
+    secret.write_bytes(picture)
+    given = {"subject_references": [str(secret)]}
+    p = processing(**({"_dynfuse_overrides": given} if axis else {}))
+    generation.begin(p, [{"enabled": True, "score": True, **({} if axis else given)}])
+    sessions.close_all()
+    assert p.comments[0].startswith("DynFuse: not scored: subject_references: picture 1: is neither a picture")
+    said = " ".join([*p.comments, *map(str, written(p).values())])
+    assert str(tmp_path) not in said
+    assert "secret" not in said
+    assert hashlib.sha256(picture).hexdigest()[:10] not in said
+    assert "DynFuse subject references" not in written(p)
+
+
+def test_a_picture_s_fingerprint_is_written_and_the_picture_decoded_once(
+    hand: Hand, text: str, picture: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded: list[str] = []
+    real = PictureFile.decode
+    monkeypatch.setattr(PictureFile, "decode", lambda self: decoded.append(self.name) or real(self))  # type: ignore[func-returns-value]
+
+    def prepare(options: Any, find: Callable[[Role], Any], *_: Any) -> None:
+        assert [None if (found := find(role)) is None else len(found) for role in Role] == [2, None]
+
+    monkeypatch.setattr(guided, "prepare", prepare)
+    monkeypatch.setattr(guided, "_preview", lambda p, role: None)
+    monkeypatch.setattr(guided, "_device", lambda: None)
+    monkeypatch.setattr(guided, "_dtype", lambda: None)
+    monkeypatch.setattr(guided.settings, "encoder_source", lambda: None)
+    p = processing()
+    given = {"subject_references": [text, text], "references": "given"}
+    generation.begin(p, [{"enabled": True, "score": True, **given}])
+    sessions.close_all()
+    name = hashlib.sha256(picture).hexdigest()[:10]
+    assert p._dynfuse.described["DynFuse subject references"] == f"2 pictures {name} {name}"
+    assert decoded == ["subject_references: picture 1", "subject_references: picture 2"]
+
+
+def test_no_note_has_a_path_of_the_machine(hand: Hand, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> Any:
+        raise FileNotFoundError(2, "No such file or directory", "/srv/my webui/models/dynfuse/clip.safetensors")
+
+    monkeypatch.setattr(guided, "begin", fail)
+    p = processing()
+    generation.begin(p, [{"enabled": True, "nudge": True}])
+    sessions.close_all()
+    assert p.comments == [f"DynFuse: {written(p)['DynFuse note']}"]
+    assert "No such file or directory: 'clip.safetensors'" in p.comments[0]
+    assert "srv" not in p.comments[0]

@@ -105,6 +105,30 @@ def test_the_script_finds_what_decides_over_the_rest_by_its_class(panel: Panel) 
     assert ".dynfuse-keep_best" in script
 
 
+def test_the_page_can_ask_which_loras_there_are_and_the_host_keeps_none_of_it(gradio: Any) -> None:
+    made: dict[str, Any] = {}
+
+    def textbox(value: str, **given: Any) -> Remembered:
+        one = Remembered(kind="Textbox", value=value, **given)
+        made.update(dict.fromkeys(given.get("elem_classes", ()), one))
+        return one
+
+    gradio.Textbox = textbox
+    panel = build(True, str)
+    question, answer = made["dynfuse-asks-img2img"], made["dynfuse-answers-img2img"]
+    function, wiring = question.on_input
+    assert (wiring["inputs"], wiring["outputs"]) == ([question], [answer])
+    assert function('{"names": []}') == '{"unlisted": []}'
+    script = (Path(__file__).parents[2] / "javascript" / "dynfuse.js").read_text(encoding="utf-8")
+    style = (Path(__file__).parents[2] / "style.css").read_text(encoding="utf-8")
+    for kind, one in (("asks", question), ("answers", answer)):
+        assert one not in panel.components
+        assert one.do_not_save_to_config
+        assert f".dynfuse-{kind}-${{tab}}" in script
+        assert "dynfuse-unseen" in one.elem_classes
+    assert ".dynfuse-unseen" in style
+
+
 @pytest.mark.parametrize(("why", "lines"), [("", 0), ("it works in place & more", 1)])
 def test_a_host_that_cannot_nudge_through_its_unet_says_why(
     gradio: ModuleType, monkeypatch: pytest.MonkeyPatch, why: str, lines: int

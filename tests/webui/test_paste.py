@@ -80,7 +80,7 @@ def test_values_have_the_type_of_the_panels_component(options: Options):
     params = written(options)
     for option in FIELDS:
         value = paste_value(option.name)(params)
-        if option.name in NOT_PASTED or not options.matters(option.name):
+        if option.name in NOT_PASTED:
             assert value is None
         else:
             assert type(value) is (str if option.name == "parameters" else type(option.default))
@@ -93,15 +93,32 @@ def test_what_is_at_its_default_is_set_back_to_it():
     }
 
 
-def test_a_picture_made_without_nudges_switches_them_off_and_leaves_encoders_and_pictures():
-    values = fields_from_infotext(written(Options(enabled=True, clip="mine", nudge_strength=1.0)))
-    assert values["nudge"] is False
-    assert not {"clip", "dino", "references", "nudge_strength", "weight_clip_text"} & set(values)
+PASTED = [option for option in FIELDS if option.name not in NOT_PASTED]
+OF_NUDGES = ("references", "nudge_strength", "nudge_mode", "nudge_clamp", "weight_clip_text")
+
+
+def test_a_picture_made_without_nudges_sets_all_of_theirs_back():
+    values = fields_from_infotext(written(Options(enabled=True, nudge_strength=1.0, nudge_mode="xt")))
+    assert {name: values[name] for name in ("nudge", *OF_NUDGES)} == {
+        name: getattr(Options(), name) for name in ("nudge", *OF_NUDGES)
+    }
+
+
+@pytest.mark.parametrize("after", [Options(), Options(enabled=True), Options(enabled=True, score=True)])
+@given(any_options())
+def test_nothing_of_a_pasted_picture_stays_after_the_next_one(after: Options, before: Options):
+    panel: dict[str, Any] = {}
+    for params in (written(before), written(after)):
+        shown = {option.name: paste_value(option.name)(params) for option in FIELDS}
+        panel.update({name: value for name, value in shown.items() if value is not None})
+    for option in PASTED:
+        expected = "" if option.name == "parameters" else getattr(after, option.name)
+        assert panel[option.name] == expected
 
 
 def test_what_pictures_were_scored_with_is_pasted_and_whether_they_are_scored_is_not():
-    values = fields_from_infotext(written(Options(enabled=True, score=True, clip="mine", keep_best=2)))
-    assert values["nudge"] is False
+    values = fields_from_infotext(written(Options(enabled=True, score=True, weight_clip_text=2.0, keep_best=2)))
+    assert (values["nudge"], values["weight_clip_text"]) == (False, 2.0)
     assert not {"score", "keep_best", "clip", "dino"} & set(values)
 
 
@@ -115,16 +132,17 @@ def test_what_would_open_or_fetch_a_file_is_told_and_not_pasted():
 
 def test_reference_pictures_are_named_and_not_pasted():
     params = written(Options(enabled=True, nudge=True, subject_references=["a", "b"], style_references=["c"]))
-    assert params["DynFuse subject references"].startswith("2 pictures ")
+    assert params["DynFuse subject references"] == "2 pictures"
     assert Options.read(fields_from_infotext(params)) == Options(enabled=True, nudge=True)
     assert paste_value("subject_references")(params) is None
 
 
-def test_a_picture_made_without_us_switches_us_off_and_leaves_the_rest():
+def test_a_picture_made_without_us_switches_us_off_and_sets_the_rest_back():
     params = written(Options(balance=0.5))
     assert fields_from_infotext(params) == {}
     assert paste_value("enabled")(params) is False
-    assert {paste_value(option.name)(params) for option in FIELDS if option.name != "enabled"} == {None}
+    assert read_arguments([paste_value(option.name)(params) for option in FIELDS]) == Options()
+    assert {paste_value(name)(params) for name in NOT_PASTED} == {None}
 
 
 def test_the_same_option_has_the_same_function_in_both_tabs():
@@ -143,6 +161,11 @@ def test_the_same_option_has_the_same_function_in_both_tabs():
         {"DynFuse auto balance": "perhaps"},
         {"DynFuse parameters": "{"},
         {"DynFuse parameters": '{"softness": 1}'},
+        {"DynFuse parameters": '{"name": 1}'},
+        {"DynFuse parameters": "[" * 100_000},
+        {"DynFuse parameters": '{"softness": ' + "[" * 500 + "]" * 500 + "}"},
+        {"DynFuse balance": "9" * 400},
+        {"DynFuse clip": "\ud800"},
         {"DynFuse aura": "0.5", "DynFuse enabled": "False"},
     ],
 )

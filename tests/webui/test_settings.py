@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -156,3 +156,41 @@ def test_the_log_level_is_applied_at_the_start_and_when_it_changes(opts: Opts):
     opts.data["dynfuse_log_level"] = "DEBUG"
     opts.data_labels["dynfuse_log_level"].onchange()
     assert logging.getLogger("lib_dynfuse").level == logging.DEBUG
+
+
+@pytest.fixture
+def no_handlers(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Makes logging as a WebUI leaves it that is not told a level: pytest's own handlers are out of the way. To be
+    called in the test, as they come only then."""
+
+    def clear() -> None:
+        monkeypatch.setattr(logging.root, "handlers", [])
+        monkeypatch.setattr(logging.getLogger("lib_dynfuse"), "handlers", [])
+
+    return clear
+
+
+def test_the_one_line_of_a_generation_is_seen_where_the_webui_has_no_log(
+    opts: Opts, no_handlers: Callable[[], None], capsys: pytest.CaptureFixture[str]
+):
+    no_handlers()
+    for _ in range(3):
+        settings.apply_log_level()
+    logger = logging.getLogger("lib_dynfuse")
+    logger.info("1 picture")
+    logger.debug("much more")
+    opts.data["dynfuse_log_level"] = "WARNING"
+    settings.apply_log_level()
+    logger.info("1 picture")
+    logger.warning("not fused")
+    assert capsys.readouterr().err == "DynFuse: 1 picture\nDynFuse: not fused\n"
+
+
+def test_a_line_is_not_said_twice_where_the_webui_has_a_log(
+    opts: Opts, no_handlers: Callable[[], None], capsys: pytest.CaptureFixture[str]
+):
+    no_handlers()
+    settings.apply_log_level()
+    logging.root.addHandler(logging.StreamHandler())
+    logging.getLogger("lib_dynfuse").info("1 picture")
+    assert capsys.readouterr().err == "1 picture\n"

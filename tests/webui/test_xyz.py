@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from copy import copy
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -79,7 +80,6 @@ def test_switches_and_rules_offer_their_choices():
         ("Nudge decoder", "linear", {"nudge_decoder": "linear"}),
         ("Weight of CLIP, prompt", "0.5", {"weight_clip_text": 0.5}),
         ("DINO", "none", {"dino": "none"}),
-        ("Style pictures", " ink/one.png ", {"style_references": ["ink/one.png"]}),
         ("Style pictures", "", {"style_references": []}),
     ],
 )
@@ -90,6 +90,21 @@ def test_an_axis_sets_its_option_and_no_other(label: str, text: str, expected: d
     axis.confirm(p, values)
     axis.apply(p, values[0], values)
     assert xyz.overrides(p) == expected
+
+
+def test_a_picture_may_be_base64_or_below_a_folder_that_the_server_allows(
+    text: str, allowed: list[str], tmp_path: Path
+):
+    axis = axes()["[DynFuse] Style pictures"]
+    for refused in ("ink/one.png", "/etc/hostname", "\\\\host\\share\\x.png", str(tmp_path / "x.png")):
+        with pytest.raises(OptionsError, match="style_references: the picture is neither"):
+            axis.confirm(SimpleNamespace(), [text, refused])
+    allowed.append(str(tmp_path))
+    for value in (" ink/one.png ", text, str(tmp_path / "x.png")):
+        axis.confirm(SimpleNamespace(), [value])
+        p = SimpleNamespace()
+        axis.apply(p, value, [value])
+        assert xyz.overrides(p) == {"style_references": [value.strip()]}
 
 
 def test_a_cell_leaves_no_trace_on_the_next_nor_on_the_whole():

@@ -1,0 +1,1 @@
+"""The laboratory: what trains, shows, judges and measures. It imports `lib_dynfuse`, never the other way."""

@@ -303,7 +303,9 @@ def load_dino(
     transformers = library("transformers", "transformers")
     with _loading("DINO", where, source), missing_operators_skipped():
         found = weights.find([where, title], source)
-        config, pictures, path = _local_dino(found, source) if found is not None else _hub_dino(where, title, source)
+        config, pictures, path = (
+            _local_dino(found, source) if found is not None else _hub_dino(transformers, where, title, source)
+        )
         shown = source.shown(path)
         model = _dino_model(transformers, config, weights.state_dict(path, source), shown)
         title = title.removesuffix(path.suffix) if found is not None and found.is_file() else title
@@ -329,11 +331,12 @@ def _local_dino(found: Path, source: Source) -> tuple[_Settings, _Settings | Non
     return weights.read_json(found / _DINO_CONFIG, source), told, weights.in_folder(found, source)
 
 
-def _hub_dino(where: str, title: str, source: Source) -> tuple[_Settings, _Settings | None, Path]:
+def _hub_dino(transformers: Any, where: str, title: str, source: Source) -> tuple[_Settings, _Settings | None, Path]:
     known = next((name for name in DINOS if title == name.rpartition("/")[2]), where)
     if not source.may_fetch(known, DINOS):
         raise source.refusal("DINO")
     if known in DINOS:
+        _dino_class(transformers, SINGLE_FILES[title])  # else it would be fetched in vain
         return SINGLE_FILES[title], None, fetched(DINOS[known], source)
     if source.paths and where.count("/") != 1:
         raise EncoderError(f"{title}: there is no such folder, and no such name on the model hub")

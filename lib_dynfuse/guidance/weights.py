@@ -97,13 +97,16 @@ def _unpickled(path: Path, source: Source) -> Any:
         # torch takes whatever does not begin so for its old format, which the checks were not made for.
         if file.read(len(_ZIP)) != _ZIP:
             raise EncoderError(f"{shown} is not a checkpoint of torch 1.6 or later; take a {SAFE} file")
-        try:
-            if source.check_pickle is not None:
-                file.seek(0)
+        if source.check_pickle is not None:
+            file.seek(0)
+            try:
                 source.check_pickle(file)
+            except Exception as error:
+                raise EncoderError(f"{shown} is refused by the WebUI's own check; take a {SAFE} file") from error
+        try:
             file.seek(0)
             return torch.serialization.load(file, map_location="cpu", weights_only=True)
-        except Exception as error:  # its own kinds, pickle's, zipfile's, the host's
+        except Exception as error:  # its own kinds, pickle's, zipfile's
             raise EncoderError(f"{shown} is not a checkpoint of plain tensors; take a {SAFE} file") from error
 
 

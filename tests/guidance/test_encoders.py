@@ -161,6 +161,13 @@ def test_a_transformers_without_dino_v2_is_told(room: Path, tmp_path: Path, monk
         load_dino(tmp_path.name, Source(tmp_path.parent))
 
 
+def test_a_dino_that_transformers_cannot_read_is_not_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lib_dynfuse.guidance.encoders._DINO_CLASSES", {"dinov2": "NoSuchModel"})
+    monkeypatch.setattr("lib_dynfuse.guidance.encoders.fetched", None)
+    with pytest.raises(EncoderError, match="has no NoSuchModel; a DINO v1 works there"):
+        load_dino("facebook/dinov2-small", Source(download=True))
+
+
 @pytest.mark.parametrize("shape", [(64, 64), (40, 90)], ids=str)
 def test_embeddings_have_length_one_and_each_picture_its_own_gradient(room: Path, shape: tuple[int, int]) -> None:
     for encoder in (load_clip("small-clip", Source(room)), load_dino("small-dino", Source(room))):

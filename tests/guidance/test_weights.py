@@ -174,7 +174,7 @@ def test_the_host_s_own_check_has_its_say_first(models: Path, monkeypatch: pytes
     def refuse(file: Any) -> None:
         raise RuntimeError(f"bad file inside {file.name}")
 
-    with pytest.raises(EncoderError, match=r"^models/dynfuse/a\.pt is not a checkpoint of plain tensors"):
+    with pytest.raises(EncoderError, match=r"^models/dynfuse/a\.pt is refused by the WebUI's own check"):
         weights.state_dict(models / "a.pt", Source(models, pickles=True, check_pickle=refuse))
     assert order == ["check", "read"]
 

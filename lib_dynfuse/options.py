@@ -203,9 +203,10 @@ class Options(BaseModel, extra="forbid"):
     @classmethod
     def read(cls, values: Mapping[str, Any]) -> Options:
         """Options from outside. Raises OptionsError that names every wrong field and what is allowed there."""
-        changed = [said for option in FIELDS if (said := _would_change(option, values.get(option.name)))]
-        if changed:
-            raise OptionsError(_together(changed))
+        wrong = [_unknown(name) for name in values if name not in _NAMES]
+        wrong += [said for option in FIELDS if (said := _would_change(option, values.get(option.name)))]
+        if wrong:
+            raise OptionsError(_together(wrong))
         try:
             options = cls(**values)
         except ValidationError as error:
@@ -342,6 +343,7 @@ def _option(name: str, info: Any, kind: Any) -> Option:
 
 
 FIELDS: tuple[Option, ...] = _read_fields()
+_NAMES = tuple(option.name for option in FIELDS)
 # Options that say how LoRAs are fused.
 OF_FUSION = tuple(
     option.name for option in FIELDS if option.name in ("strategy", "start", "stop", "parameters", *_DIVERGENCE)
@@ -418,12 +420,14 @@ def _hint(name: str, known: Iterable[str], write: Callable[[str], str] = str) ->
     return f" (did you mean {write(near[0])}?)" if near else ""
 
 
+def _unknown(name: str) -> str:
+    """Said here, as pydantic 2 cannot name an option whose name has half a surrogate pair."""
+    return f"{shown(name)}: unknown option{_hint(name, _NAMES)}; there are: {', '.join(_NAMES)}"
+
+
 def _sentence(error: Any) -> str:
     name = str(error["loc"][0])
-    option = next((option for option in FIELDS if option.name == name), None)
-    if option is None:
-        names = [option.name for option in FIELDS]
-        return f"{shown(name)}: unknown option{_hint(name, names)}; there are: {', '.join(names)}"
+    option = next(option for option in FIELDS if option.name == name)
     return f"{name}: {shown(error['msg'][:1].lower() + error['msg'][1:])}; allowed: {option.allowed}"
 
 

@@ -278,6 +278,7 @@ def test_a_parameter_that_the_rule_has_not_is_refused_whatever_its_name(name: st
 
 def test_an_unknown_option_is_echoed_in_part_and_of_many_a_few():
     assert len(answer({"x" * 100_000: 1})) < 1000
+    assert answer({"\ud800": None}).startswith("\\ud800: unknown option; there are: enabled")
     said = answer({f"option{number}": 1 for number in range(1000)})
     assert "option0: unknown option" in said
     assert said.endswith("and 992 more")

@@ -1,4 +1,4 @@
-"""Nudges and scores on a real WebUI, by the boxed CLIP and DINO; the WebUI has to run on this machine."""
+"""Nudges and scores on a real WebUI, by the bundled CLIP and DINO, which `export-demo` puts into its models/dynfuse."""
 
 from __future__ import annotations
 
@@ -6,18 +6,14 @@ import json
 import re
 import threading
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from conftest import Answer, WebUI, encoded
 
-import lib_dynfuse
-
-BOX = Path(lib_dynfuse.__file__).parent / "demo"
 KL: dict[str, Any] = {"enabled": True, "strategy": "kl"}
-ENCODERS = {"clip": str(BOX / "clip"), "dino": str(BOX / "dino"), "nudge_decoder": "linear"}
+ENCODERS = {"clip": "demo-clip", "dino": "demo-dino", "nudge_decoder": "linear"}
 NUDGED = {**KL, **ENCODERS, "nudge": True, "nudge_start": 0.0}
 
 
@@ -117,10 +113,19 @@ def test_only_the_best_of_a_batch_are_kept(webui: WebUI) -> None:
 
 def test_what_is_missing_is_told_and_the_picture_is_made(webui: WebUI) -> None:
     fused = webui.generate(webui.prompt(), KL)
-    answer = webui.generate(webui.prompt(), {**NUDGED, "clip": "/nowhere", "dino": "none"})
+    answer = webui.generate(webui.prompt(), {**NUDGED, "clip": "ViT-B-32", "dino": "facebook/dino-vits16"})
     assert apart(answer, fused) == 0
-    assert "put the checkpoint at" in answer.infotexts[0]
-    assert "not nudged" in answer.infotexts[0]
+    assert answer.infotexts[0].count("not nudged: CLIP and DINO are not on this machine: put https://") == 1
+    assert "as models/dynfuse/dino-vits16.safetensors" in answer.infotexts[0]
+
+
+@pytest.mark.parametrize("name", ["/etc", "../Stable-diffusion", "C:\\x", "\\\\server\\x", "stranger/model", "nothing"])
+@pytest.mark.parametrize("more", [{}, {"override_settings": {"dynfuse_download": True}}])
+def test_a_stranger_chooses_no_file_and_no_download(webui: WebUI, name: str, more: dict[str, Any]) -> None:
+    answer = webui.generate(webui.prompt(), {**NUDGED, "clip": name, "dino": name}, **more)
+    said = answer.infotexts[0] if answer.status == 200 else str(answer.body)
+    assert "may not be used; allowed are files and folders in models/dynfuse by their names" in said
+    assert webui.call("/sdapi/v1/options")[1].get("dynfuse_download") in (False, None)
 
 
 def test_an_interrupt_in_mid_guidance_leaves_nothing_behind(webui: WebUI) -> None:

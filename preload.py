@@ -14,3 +14,17 @@ def preload(parser: ArgumentParser) -> None:
         help="let the API and X/Y/Z plots name DynFuse's reference pictures below this folder by their paths; "
         "may be repeated",
     )
+    parser.add_argument(
+        "--dynfuse-encoder",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="let DynFuse use this CLIP or DINO of the model hub too, as ViT-L-14:laion2b_s32b_b82k or "
+        "facebook/dinov2-base; may be repeated",
+    )
+    parser.add_argument(
+        "--dynfuse-encoder-folder",
+        default=None,
+        metavar="FOLDER",
+        help="where DynFuse looks for CLIP and DINO instead of models/dynfuse; safetensors files alone are read there",
+    )

@@ -164,13 +164,13 @@ class Options(BaseModel, extra="forbid"):
         default="ViT-B-32:laion2b_s34b_b79k",
         title="CLIP",
         min_length=1,
-        description="A folder or a file in models/dynfuse, or a name that the settings allow; none leaves it out.",
+        description="A folder or a file in models/dynfuse, or a name that the server allows; none leaves it out.",
     )
     dino: str = Field(
         default="facebook/dino-vits16",
         title="DINO",
         min_length=1,
-        description="A folder or a file in models/dynfuse, or a name that the settings allow; none leaves it out.",
+        description="A folder or a file in models/dynfuse, or a name that the server allows; none leaves it out.",
     )
     references: Literal["auto", "given", "preview", "generated"] = Field(
         default="auto",

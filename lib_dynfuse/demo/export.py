@@ -18,7 +18,7 @@ from lib_dynfuse.demo import loras
 NAME = "dynfuse-demo"
 MODELS = "models"
 # Where a WebUI looks, below its own folder.
-CHECKPOINTS, LORAS = f"{MODELS}/Stable-diffusion", f"{MODELS}/Lora"
+CHECKPOINTS, LORAS, ENCODERS = (f"{MODELS}/{name}" for name in ("Stable-diffusion", "Lora", "dynfuse"))
 
 # Longest first, for each is tried in turn on what the ones before have left.
 RESNET = (
@@ -185,8 +185,9 @@ def export(folder: Path, out: Path, lora_folder: Path = loras.BOX) -> Path:
     """Writes the pipeline in `folder`, and the LoRAs, for a WebUI.
 
     `out` is the WebUI's folder, or its folder `models`: there `models/Stable-diffusion` gets dynfuse-demo.safetensors,
-    its yaml and the folder dynfuse-demo-clip, and `models/Lora` the LoRAs. The yaml names that folder as it is seen
-    from the WebUI's, in which a WebUI is started; so what was written elsewhere can be copied there.
+    its yaml and the folder dynfuse-demo-clip, `models/Lora` the LoRAs, and `models/dynfuse` the encoders demo-clip and
+    demo-dino. The yaml names that folder as it is seen from the WebUI's, in which a WebUI is started; so what was
+    written elsewhere can be copied there.
 
     Returns:
         The checkpoint.
@@ -206,4 +207,6 @@ def export(folder: Path, out: Path, lora_folder: Path = loras.BOX) -> Path:
     checkpoint.with_suffix(".yaml").write_text(yaml.safe_dump(settings(pipeline, clip), sort_keys=False))
     for lora in sorted(lora_folder.glob("*.safetensors")):
         shutil.copyfile(lora, webui / LORAS / lora.name)
+    for kind in ("clip", "dino"):
+        shutil.copytree(Path(__file__).with_name(kind), webui / ENCODERS / f"demo-{kind}", dirs_exist_ok=True)
     return checkpoint

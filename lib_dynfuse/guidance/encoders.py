@@ -22,7 +22,16 @@ from lib_dynfuse.guidance.dino_files import SINGLE_FILES, in_transformers_names
 from lib_dynfuse.guidance.libraries import EncoderError, in_a_line, library, missing_operators_skipped
 from lib_dynfuse.guidance.precision import without_autocast
 from lib_dynfuse.guidance.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess, from_open_clip, from_transformers
-from lib_dynfuse.guidance.sources import CLIPS, DINOS, MissingError, Published, Source, fetched, text_files
+from lib_dynfuse.guidance.sources import (
+    CLIPS,
+    DINOS,
+    MissingError,
+    NotAllowedError,
+    Published,
+    Source,
+    fetched,
+    text_files,
+)
 
 __all__ = ["ClipEncoder", "DinoEncoder", "Encoder", "EncoderError", "load_clip", "load_dino"]
 
@@ -401,7 +410,7 @@ def _loading(kind: str, where: str, source: Source) -> Iterator[None]:
     with torch.inference_mode(False):
         try:
             yield
-        except MissingError:
+        except (MissingError, NotAllowedError):
             raise
         except EncoderError as error:
             raise EncoderError(f"{kind}: {error}") from error

@@ -71,6 +71,10 @@ DINOS = {
 }
 
 
+class NotAllowedError(EncoderError):
+    """A name may not be used; there is one message for all of them."""
+
+
 class MissingError(EncoderError):
     """An encoder's weights are not on this machine and may not be fetched; `wanted` says which they are."""
 
@@ -126,7 +130,7 @@ class Source:
         return self.folder is not None and path.resolve().is_relative_to(self.folder.resolve())
 
     def check(self, kind: str, name: str) -> None:
-        """Raises EncoderError for a name that could be anything but one below the folder or one of the hub's.
+        """Raises NotAllowedError for a name that could be anything but one below the folder or one of the hub's.
 
         Looks at nothing but the name, and answers alike whatever is on the disk.
         """
@@ -139,7 +143,7 @@ class Source:
 
     def refusal(self, kind: str) -> EncoderError:
         """The one answer to every name that may not be used."""
-        return EncoderError(not_allowed(kind, self.title))
+        return NotAllowedError(not_allowed(kind, self.title))
 
 
 def not_allowed(kind: str, title: str = MODELS) -> str:
@@ -147,7 +151,7 @@ def not_allowed(kind: str, title: str = MODELS) -> str:
     names = ", ".join(CLIPS if kind == "CLIP" else DINOS)
     return (
         f"this {kind} may not be used; allowed are files and folders in {title} by their names, {names}, "
-        "and what the WebUI's settings allow"
+        "and what the server was started with (--dynfuse-encoder)"
     )
 
 

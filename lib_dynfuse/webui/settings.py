@@ -11,20 +11,21 @@ from typing import Any, BinaryIO
 
 from lib_dynfuse.guidance.sources import MODELS, Source
 
-ENCODER_FOLDER = "dynfuse_encoder_folder"
-MORE_ENCODERS = "dynfuse_more_encoders"
 DOWNLOAD = "dynfuse_download"
 ENCODERS_REST = "dynfuse_encoders_rest"
 LOG_LEVEL = "dynfuse_log_level"
 SECTION = ("dynfuse", "Dynamic LoRA Fusion")
 _LOGGER = "lib_dynfuse"
+# Of the command line (preload.py), as the Settings page is open to whoever reaches it: other names on the hub than
+# the published ones, and another folder than models/dynfuse.
+ENCODER_FLAG, FOLDER_FLAG = "--dynfuse-encoder", "--dynfuse-encoder-folder"
 CONSENT = "tick Download missing encoders in Settings, Dynamic LoRA Fusion"
 
 
 @dataclass(frozen=True)
 class Setting:
     """One setting; `key` is its name in the host's config.json. Without `choices` it is a line of text, or a switch
-    where its default is one. `owners`: what is opened or fetched depends on it, so no request may change it."""
+    where its default is one. `owners`: what is fetched depends on it, so no request may change it."""
 
     key: str
     label: str
@@ -39,29 +40,12 @@ _DTYPES = ("auto", "float32", "float16", "bfloat16")
 _LEVELS = ("WARNING", "INFO", "DEBUG")
 SETTINGS = (
     Setting(
-        ENCODER_FOLDER,
-        "Encoder folder",
-        "",
-        (),
-        "where CLIP and DINO are looked for; empty: models/dynfuse of the WebUI, and only there .pt and .bin are read",
-        owners=True,
-    ),
-    Setting(
         DOWNLOAD,
         "Download missing encoders",
         False,
         (),
         "when they are first needed: CLIP (605 MB) and DINO (87 MB) from huggingface.co, and the preview decoder TAESD "
         "(5 MB) from github.com",
-        owners=True,
-    ),
-    Setting(
-        MORE_ENCODERS,
-        "More encoders",
-        "",
-        (),
-        "names on the model hub that may be used besides the two above, with commas between, as in "
-        "ViT-L-14:laion2b_s32b_b82k, facebook/dinov2-base",
         owners=True,
     ),
     Setting("dynfuse_guidance_device", "Guidance device", "auto", _DEVICES, "auto: the UNet's"),
@@ -95,19 +79,12 @@ def on_ui_settings() -> None:
             setting.default,
             setting.label,
             gr.Radio if setting.choices else plain,
-            _arguments(setting, shared),
+            {"choices": list(setting.choices)} if setting.choices else {},
             section=SECTION,
             restrict_api=setting.owners,
         )
         shared.opts.add_option(setting.key, info.info(setting.help))
     shared.opts.onchange(LOG_LEVEL, apply_log_level)
-
-
-def _arguments(setting: Setting, shared: Any) -> dict[str, Any]:
-    if setting.key == ENCODER_FOLDER:
-        # Neither shown nor changed where the host was started so that it hides its folders.
-        return dict(getattr(shared, "hide_dirs", None) or {})
-    return {"choices": list(setting.choices)} if setting.choices else {}
 
 
 def value(key: str) -> str:
@@ -125,16 +102,23 @@ def encoder_source() -> Source:
     """Where CLIP and DINO may come from, whether the folder is there or not."""
     from modules import paths
 
-    named = value(ENCODER_FOLDER).strip()
+    named = _started_with(FOLDER_FLAG)
     return Source(
-        folder=Path(named).expanduser() if named else Path(paths.models_path) / "dynfuse",
+        folder=Path(named) if named else Path(paths.models_path) / "dynfuse",
         title="the encoder folder" if named else MODELS,
-        allowed=tuple(filter(None, (name.strip() for name in value(MORE_ENCODERS).split(",")))),
+        allowed=tuple(_started_with(ENCODER_FLAG) or ()),
         download=is_on(DOWNLOAD),
         consent="" if is_on(DOWNLOAD) else CONSENT,
         pickles=not named,
         check_pickle=_host_check(),
     )
+
+
+def _started_with(flag: str) -> Any:
+    """What the server was started with; None where the flag was not given, or not read."""
+    from modules import shared
+
+    return getattr(getattr(shared, "cmd_opts", None), flag.strip("-").replace("-", "_"), None)
 
 
 def _host_check() -> Callable[[BinaryIO], None] | None:

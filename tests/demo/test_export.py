@@ -12,6 +12,8 @@ from diffusers import StableDiffusionPipeline
 from transformers import CLIPTokenizer
 
 from lib_dynfuse.demo import export
+from lib_dynfuse.guidance.encoders import load_clip, load_dino
+from lib_dynfuse.guidance.sources import Source
 
 PROMPT = "fox emoji, noto style"
 
@@ -63,6 +65,9 @@ def test_everything_lies_where_a_webui_looks(exported: Path) -> None:
     assert exported.with_suffix(".yaml").exists()
     loras = {file.name for file in (models / "Lora").iterdir()}
     assert loras == {"subject-fox.safetensors", "style-high-contrast.safetensors"}
+    source = Source(models / "dynfuse")
+    assert load_clip("demo-clip", source).name == "demo-clip (open_clip)"
+    assert load_dino("demo-dino", source).name == "demo-dino (transformers)"
 
 
 def test_the_yaml_leads_to_the_tokenizer_and_the_text_encoder_s_sizes_wherever_the_webui_is(

@@ -162,7 +162,7 @@ def test_a_foreign_name_is_refused_with_one_answer_before_anything_is_touched(
     ("load", "name"), [(load_dino, "stranger/model"), (load_dino, "hf-hub:a/b"), (load_clip, "ViT-L-14:openai")]
 )
 def test_only_what_is_published_or_allowed_is_asked_of_the_hub(load: Any, name: str, hub: Hub, tmp_path: Path) -> None:
-    with pytest.raises(EncoderError, match="may not be used"):
+    with pytest.raises(EncoderError, match=r"^this (CLIP|DINO) may not be used"):
         load(name, Source(tmp_path, download=True))
     assert hub.looked == []
     with pytest.raises(EncoderError, match="could not be reached"):

@@ -1,4 +1,4 @@
-"""Nudges and scores on a real WebUI, by the boxed CLIP and DINO, whose folder is its setting Encoder folder."""
+"""Nudges and scores on a real WebUI, by the bundled CLIP and DINO, which `export-demo` puts into its models/dynfuse."""
 
 from __future__ import annotations
 
@@ -6,28 +6,24 @@ import json
 import re
 import threading
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from conftest import Answer, WebUI, encoded
 
-import lib_dynfuse
-
-BOX = Path(lib_dynfuse.__file__).parent / "demo"
 KL: dict[str, Any] = {"enabled": True, "strategy": "kl"}
-ENCODERS = {"clip": "clip", "dino": "dino", "nudge_decoder": "linear"}
+ENCODERS = {"clip": "demo-clip", "dino": "demo-dino", "nudge_decoder": "linear"}
 NUDGED = {**KL, **ENCODERS, "nudge": True, "nudge_start": 0.0}
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _boxed_encoders(webui: WebUI) -> None:
+def _bundled_encoders(webui: WebUI) -> None:
     """What opens files is the WebUI's owner's to set, so these tests cannot."""
     answer = webui.generate(webui.prompt(), {**KL, **ENCODERS, "score": True}, steps=1)
     assert answer.status == 200, answer.body
     if "may not be used" in answer.infotexts[0] or "not on this machine" in answer.infotexts[0]:
-        pytest.skip(f"the WebUI's setting Encoder folder is to be {BOX}")
+        pytest.skip("export-demo has not put its encoders into the WebUI's models/dynfuse")
 
 
 def apart(one: Answer, other: Answer) -> int:
@@ -126,10 +122,19 @@ def test_only_the_best_of_a_batch_are_kept(webui: WebUI) -> None:
 
 def test_what_is_missing_is_told_and_the_picture_is_made(webui: WebUI) -> None:
     fused = webui.generate(webui.prompt(), KL)
-    answer = webui.generate(webui.prompt(), {**NUDGED, "clip": "ViT-B-32:laion2b_s34b_b79k", "dino": "none"})
+    answer = webui.generate(webui.prompt(), {**NUDGED, "clip": "ViT-B-32", "dino": "facebook/dino-vits16"})
     assert apart(answer, fused) == 0
-    assert "CLIP is not on this machine: put " in answer.infotexts[0]
-    assert "not nudged" in answer.infotexts[0]
+    assert answer.infotexts[0].count("not nudged: CLIP and DINO are not on this machine: put https://") == 1
+    assert "as models/dynfuse/dino-vits16.safetensors" in answer.infotexts[0]
+
+
+@pytest.mark.parametrize("name", ["/etc", "../Stable-diffusion", "C:\\x", "\\\\server\\x", "stranger/model", "nothing"])
+@pytest.mark.parametrize("more", [{}, {"override_settings": {"dynfuse_download": True}}])
+def test_a_stranger_chooses_no_file_and_no_download(webui: WebUI, name: str, more: dict[str, Any]) -> None:
+    answer = webui.generate(webui.prompt(), {**NUDGED, "clip": name, "dino": name}, **more)
+    said = answer.infotexts[0] if answer.status == 200 else str(answer.body)
+    assert "may not be used; allowed are files and folders in models/dynfuse by their names" in said
+    assert webui.call("/sdapi/v1/options")[1].get("dynfuse_download") in (False, None)
 
 
 def test_an_interrupt_in_mid_guidance_leaves_nothing_behind(webui: WebUI) -> None:

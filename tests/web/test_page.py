@@ -168,7 +168,6 @@ def test_a_pasted_picture_fills_panel_and_chips(page_seen: Seen) -> None:
         "nudge_mode": "adam",
         "nudge_start": 0.8,
         "nudge_stop": 0.9,
-        "clip": "ViT-B-32:mine.safetensors",
         "keep_best": 0,
     }
     assert pasted["shown"] == {"compared": True, "nudged": True}

@@ -253,6 +253,6 @@ def test_an_upload_s_name_is_fit_for_a_message(uploads: Path, picture: bytes) ->
 def test_the_owner_allows_folders_on_the_command_line_alone() -> None:
     parser = ArgumentParser()
     preload.preload(parser)
-    assert vars(parser.parse_args([])) == {"dynfuse_reference_folder": []}
+    assert parser.parse_args([]).dynfuse_reference_folder == []
     read = parser.parse_args([references.FOLDER_FLAG, "/a", references.FOLDER_FLAG, "/b"])
     assert read.dynfuse_reference_folder == ["/a", "/b"]

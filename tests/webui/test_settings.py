@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 import sys
 from collections.abc import Callable, Iterator
@@ -11,9 +12,8 @@ from typing import Any
 
 import pytest
 
+import preload
 from lib_dynfuse.webui import settings
-
-HIDDEN = {"visible": False}
 
 
 class OptionInfo:
@@ -58,7 +58,7 @@ class Opts:
 def opts(monkeypatch: pytest.MonkeyPatch) -> Iterator[Opts]:
     found = Opts({})
     modules, gradio = ModuleType("modules"), ModuleType("gradio")
-    modules.shared = SimpleNamespace(opts=found, OptionInfo=OptionInfo, hide_dirs=HIDDEN)  # type: ignore[attr-defined]
+    modules.shared = SimpleNamespace(opts=found, OptionInfo=OptionInfo)  # type: ignore[attr-defined]
     modules.paths = SimpleNamespace(models_path="/webui/models")  # type: ignore[attr-defined]
     gradio.Radio, gradio.Textbox, gradio.Checkbox = "radio", "textbox", "checkbox"  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "modules", modules)
@@ -72,8 +72,8 @@ def opts(monkeypatch: pytest.MonkeyPatch) -> Iterator[Opts]:
 def test_every_setting_is_on_our_page_with_its_help(opts: Opts):
     settings.on_ui_settings()
     assert list(opts.data_labels) == [
-        "dynfuse_encoder_folder", "dynfuse_download", "dynfuse_more_encoders", "dynfuse_guidance_device",
-        "dynfuse_guidance_dtype", "dynfuse_encoders_rest", "dynfuse_log_level",
+        "dynfuse_download", "dynfuse_guidance_device", "dynfuse_guidance_dtype", "dynfuse_encoders_rest",
+        "dynfuse_log_level",
     ]  # fmt: skip
     for info in opts.data_labels.values():
         assert info.section == ("dynfuse", "Dynamic LoRA Fusion")
@@ -86,16 +86,14 @@ def test_no_request_changes_what_is_opened_or_fetched(opts: Opts):
     """A request's override_settings and POST /sdapi/v1/options leave those alone that are restricted."""
     settings.on_ui_settings()
     restricted = {key for key, info in opts.data_labels.items() if info.restrict_api}
-    assert restricted == {"dynfuse_encoder_folder", "dynfuse_download", "dynfuse_more_encoders"}
-    assert opts.data_labels["dynfuse_encoder_folder"].args == HIDDEN
+    assert restricted == {"dynfuse_download"}
 
 
 def test_a_value_is_the_stored_one_or_the_default(opts: Opts):
     assert settings.value("dynfuse_guidance_dtype") == "auto"
     settings.on_ui_settings()
-    opts.data.update({"dynfuse_guidance_dtype": "float16", "dynfuse_encoder_folder": "/models/clip"})
+    opts.data["dynfuse_guidance_dtype"] = "float16"
     assert settings.value("dynfuse_guidance_dtype") == "float16"
-    assert settings.value("dynfuse_encoder_folder") == "/models/clip"
 
 
 @pytest.mark.parametrize("stored", ["float8", 16, None])
@@ -111,17 +109,26 @@ def test_a_switch_is_as_stored_or_as_its_default(opts: Opts, stored: Any, on: bo
     assert settings.is_on(settings.ENCODERS_REST) is on
 
 
-@pytest.mark.parametrize(
-    ("stored", "folder"),
-    [("", "/webui/models/dynfuse"), ("  ", "/webui/models/dynfuse"), ("/encoders", "/encoders"), ("~/e", "~/e")],
-)
-def test_encoders_are_looked_for_in_the_webuis_models_where_nothing_else_is_named(opts: Opts, stored: str, folder: str):
-    opts.data[settings.ENCODER_FOLDER] = stored
+def started(*words: str) -> None:
+    """The server has been started with these."""
+    parser = argparse.ArgumentParser()
+    preload.preload(parser)
+    sys.modules["modules"].shared.cmd_opts = parser.parse_args(words)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("words", [None, (), ("--dynfuse-encoder-folder", "/encoders")])
+def test_encoders_are_looked_for_in_the_webuis_models_where_nothing_else_is_named(
+    opts: Opts, words: tuple[str, ...] | None
+):
+    # Not on the Settings page: that is open to whoever reaches the page.
+    opts.data["dynfuse_encoder_folder"] = "/of-a-stranger"
+    if words is not None:
+        started(*words)
     source = settings.encoder_source()
-    assert source.folder == Path(folder).expanduser()
+    assert source.folder == Path("/encoders" if words else "/webui/models/dynfuse")
     # Elsewhere than in models/dynfuse no pickle is read.
-    assert source.pickles is (not stored.strip())
-    assert folder not in source.title
+    assert source.pickles is not bool(words)
+    assert "/" not in source.title.removeprefix("models/")
 
 
 def test_nothing_is_downloaded_or_allowed_until_the_owner_says_so(opts: Opts):
@@ -131,7 +138,8 @@ def test_nothing_is_downloaded_or_allowed_until_the_owner_says_so(opts: Opts):
     labels = {setting.key: setting.label for setting in settings.SETTINGS}
     assert labels["dynfuse_download"] in source.consent
     assert settings.SECTION[1] in source.consent
-    opts.data.update(dynfuse_download=True, dynfuse_more_encoders=" a/b, ViT-L-14:openai ,")
+    opts.data.update(dynfuse_download=True, dynfuse_encoder=["of/a-stranger"])
+    started("--dynfuse-encoder", "a/b", "--dynfuse-encoder", "ViT-L-14:openai")
     source = settings.encoder_source()
     assert (source.download, source.allowed, source.consent) == (True, ("a/b", "ViT-L-14:openai"), "")
 

@@ -203,10 +203,11 @@ class Options(BaseModel, extra="forbid"):
     @classmethod
     def read(cls, values: Mapping[str, Any]) -> Options:
         """Options from outside. Raises OptionsError that names every wrong field and what is allowed there."""
-        wrong = [_unknown(name) for name in values if name not in _NAMES]
+        unknown = [name for name in values if name not in _NAMES]
+        wrong = [_unknown(name) for name in unknown[:_MOST_WRONG]]
         wrong += [said for option in FIELDS if (said := _would_change(option, values.get(option.name)))]
         if wrong:
-            raise OptionsError(_together(wrong))
+            raise OptionsError(_together(wrong, len(unknown[_MOST_WRONG:])))
         try:
             options = cls(**values)
         except ValidationError as error:
@@ -431,8 +432,8 @@ def _sentence(error: Any) -> str:
     return f"{name}: {shown(error['msg'][:1].lower() + error['msg'][1:])}; allowed: {option.allowed}"
 
 
-def _together(sentences: Sequence[str]) -> str:
-    more = len(sentences) - _MOST_WRONG
+def _together(sentences: Sequence[str], unsaid: int = 0) -> str:
+    more = len(sentences) - _MOST_WRONG + unsaid
     return "; ".join([*sentences[:_MOST_WRONG], *([f"and {more} more"] if more > 0 else [])])
 
 

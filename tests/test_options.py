@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lib_dynfuse import __version__
+from lib_dynfuse import __version__, options
 from lib_dynfuse.core.strategies import strategies, strategy
 from lib_dynfuse.guidance.nudge import MODES, Nudge
 from lib_dynfuse.guidance.objectives import TERMS, Weights
@@ -300,3 +300,12 @@ def test_an_unknown_option_is_echoed_in_part_and_of_many_a_few():
 def test_an_infotext_names_an_encoder_without_its_maker_s_folders(given: str, written: str) -> None:
     found = Options(enabled=True, nudge=True, clip=given, dino=given).infotext()
     assert (found["DynFuse clip"], found["DynFuse dino"]) == (written, written)
+
+
+def test_of_thousands_of_unknown_options_a_few_are_looked_at(monkeypatch: pytest.MonkeyPatch):
+    asked: list[str] = []
+    real = options._unknown
+    monkeypatch.setattr(options, "_unknown", lambda name: asked.append(name) or real(name))
+    said = answer({f"option{number}": 1 for number in range(20_000)})
+    assert said.endswith("and 19992 more")
+    assert len(asked) == 8

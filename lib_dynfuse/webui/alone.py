@@ -26,7 +26,8 @@ from lib_dynfuse.hosts.reading import read_tags
 from lib_dynfuse.webui.loras import on_disk
 
 # The host's own pattern of whatever it takes out of a prompt.
-_NETWORK = re.compile(r"<(\w+):([^>]+)>")
+# No `<` inside, so that a prompt of many unclosed tags is read in linear time.
+_NETWORK = re.compile(r"<(\w+):([^<>]+)>")
 _LORA = ("lora", "lyco")
 # What a picture by one LoRA has in common with the picture it is for; a host that knows one of them not has it not.
 _SAME = (

@@ -34,6 +34,8 @@ SCORES_KEY = f"{INFOTEXT_KEY} scores"
 # Of the API's answer alone: whoever knows it may have the record.
 TRACE_KEY = f"{INFOTEXT_KEY} trace"
 _KEYS_OF_FUSION = frozenset(option.key for option in FIELDS if option.name in OF_FUSION)
+# A prompt may hold thousands of tags, each with something to be said of it, and names of any length.
+_MOST_NOTES, _LONGEST_NOTE = 30, 1000
 _log = logging.getLogger("lib_dynfuse")
 
 
@@ -69,7 +71,7 @@ def forget(p: Any) -> None:
     """Whatever an earlier generation left: hooks, networks taken, and the infotext that a grid's cells share."""
     close_all()
     _rest()
-    p._dynfuse = None
+    p._dynfuse, p._dynfuse_notes = None, 0
     for key in [key for key in p.extra_generation_params if key.split(" ")[0] == INFOTEXT_KEY]:
         del p.extra_generation_params[key]
 
@@ -145,7 +147,12 @@ def _begin_guiding(p: Any, generation: _Generation, given: references.Given) -> 
 def _tell(p: Any, line: str) -> None:
     """Where the person looks: under the picture, in its infotext, and in the log. A library's message may have paths of
     the machine in it, which are nobody's business there."""
-    line = without_folders(line)
+    count = p._dynfuse_notes = getattr(p, "_dynfuse_notes", 0) + 1
+    if count > _MOST_NOTES:
+        return
+    line = (
+        "there is more to say of this prompt" if count == _MOST_NOTES else shown(without_folders(line), _LONGEST_NOTE)
+    )
     p.comment(f"{TITLE}: {line}")
     notes = p.extra_generation_params.get(NOTE_KEY)
     p.extra_generation_params[NOTE_KEY] = f"{notes}; {line}" if notes else line

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from lib_dynfuse.core.strategies import strategies
+from lib_dynfuse.errors import quoted
 from lib_dynfuse.options import FIELDS, Option, OptionsError
 from lib_dynfuse.webui.arguments import PICTURES, SWITCH, parse_parameters, read_values
 from lib_dynfuse.webui.references import REFUSED, could_be_allowed
@@ -83,14 +84,14 @@ def _confirm_names(parameters: Mapping[str, Any]) -> None:
     known = sorted({one.name for info in strategies().values() for one in info.parameters} - {o.name for o in FIELDS})
     for name in parameters:
         if name not in known:
-            raise OptionsError(f"parameters: no rule has {name!r}; there are: {', '.join(known)}")
+            raise OptionsError(f"parameters: no rule has {quoted(name)}; there are: {', '.join(known)}")
 
 
 def _value(option: Option, x: Any) -> Any:
     """An axis value, text or number, as the option's own."""
     if isinstance(option.default, bool):
         if str(x).strip().lower() not in SWITCH:
-            raise OptionsError(f"{option.name}: {x!r} is not {option.allowed.replace(', ', ' or ')}")
+            raise OptionsError(f"{option.name}: {quoted(x)} is not {option.allowed.replace(', ', ' or ')}")
         return SWITCH[str(x).strip().lower()]
     if option.name == "parameters":
         return parse_parameters(x)

@@ -493,3 +493,17 @@ def test_no_note_has_a_path_of_the_machine(hand: Hand, monkeypatch: pytest.Monke
     assert p.comments == [f"DynFuse: {written(p)['DynFuse note']}"]
     assert "No such file or directory: 'clip.safetensors'" in p.comments[0]
     assert "srv" not in p.comments[0]
+
+
+def test_a_note_is_short_and_notes_are_few_whatever_the_prompt_holds(hand: Hand) -> None:
+    p = processing()
+    generation.begin(p, [{"enabled": True}])
+    networks = [Tag("x" * 100_000, 0.0, Role.SUBJECT), *(Tag(f"a{number}", 0.0, Role.STYLE) for number in range(2000))]
+    generation.activate(p, {"lora": networks})
+    sessions.close_all()
+    assert len(p.comments) == 30
+    assert p.comments[-1] == "DynFuse: there is more to say of this prompt"
+    assert max(map(len, p.comments)) < 1100
+    assert len(written(p)["DynFuse note"]) < 40_000
+    generation.begin(p, [{"enabled": True, "strategy": "best"}])
+    assert p.comments[-1].startswith("DynFuse: not fused: strategy: 'best'")

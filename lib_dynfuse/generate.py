@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import re
@@ -395,12 +396,16 @@ def assignment(text: str, where: str) -> tuple[str, Any]:
         raise OptionsError(f"{where} {shown(text)}: write NAME=VALUE, as in softness=0.5")
     if value.lower() in ("true", "on", "false", "off"):
         return name, value.lower() in ("true", "on")
-    for kind in (int, float):
-        try:
-            return name, kind(value)
-        except ValueError:
-            continue
-    return name, value
+    try:
+        number = float(value)
+    except ValueError:
+        return name, value
+    if not math.isfinite(number):  # nothing can be computed with an integer of 400 digits either
+        raise OptionsError(f"{where} {shown(text)}: the number is not finite")
+    try:
+        return name, int(value)
+    except ValueError:
+        return name, number
 
 
 def _check_letters(texts: Mapping[str, str]) -> None:

@@ -176,13 +176,18 @@ def _check_tensor(where: str, shape: tuple[int, ...], read: Callable[[], Tensor]
     if len(shape) > _MOST_DIMENSIONS:
         raise DynFuseError(f"{where} has {len(shape)} dimensions, at most {_MOST_DIMENSIONS} are known")
     try:
-        tensor = read()
-        if tensor.is_floating_point() and tensor.itemsize == 1:  # 8 bits: torch computes little with them
-            tensor = tensor.float()
-        finite = not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
+        finite = _is_finite(read())
     except (SafetensorError, OSError):
         raise
-    except Exception as error:  # safetensors knows more kinds of numbers than torch
+    except Exception as error:  # safetensors knows more kinds of numbers than torch, and torch more than it computes
         raise DynFuseError(f"{where} cannot be read ({shown(str(error))})") from error
     if not finite:
         raise DynFuseError(f"{where} has NaN or infinite weights")
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    if not tensor.is_floating_point():
+        return True
+    if tensor.itemsize == 1:  # 8 bits: torch computes little with them
+        tensor = tensor.float()
+    return bool(torch.isfinite(tensor).all())

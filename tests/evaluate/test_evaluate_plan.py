@@ -133,6 +133,13 @@ def test_a_persons_method_has_strengths_options_and_the_rules_own_parameters() -
     assert method.options.parameters == {"softness": 2}
 
 
+@pytest.mark.parametrize("number", ["9" * 400, "9" * 5000, "-1e999", "nan", "Infinity"])
+@pytest.mark.parametrize("name", ["subject", "style", "loser", "balance"])
+def test_a_number_that_nothing_can_be_computed_with_is_refused_in_one_line(name: str, number: str) -> None:
+    with pytest.raises(DynFuseError, match=rf"^--method huge {name}=.{{3,200}}: the number is not finite$"):
+        parse(f"huge: {name}={number}")
+
+
 def test_without_an_option_the_loras_are_added_as_the_host_does() -> None:
     method = parse("added: subject=.5 style=.5")
     assert not method.options.enabled

@@ -180,10 +180,16 @@ def test_a_tensor_of_more_dimensions_than_torch_takes_is_refused(generate: Gener
     assert_refused(generate("<lora:deep:1:role=style>"), words)
 
 
-def test_numbers_of_a_kind_that_torch_has_not_are_refused(generate: Generate, lora_dir: Path):
-    header = b'{"lora_unet_x.lora_down.weight":{"dtype":"F6_E2M3","shape":[4,1],"data_offsets":[0,3]}}'
-    (lora_dir / "six.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(3))
-    assert_refused(generate("<lora:six:1:role=style>"), ["six.safetensors"])
+@pytest.mark.parametrize(("kind", "size"), [("F6_E2M3", 3), ("F4", 2)])
+def test_numbers_of_a_kind_that_torch_cannot_compute_with_are_refused(
+    generate: Generate, lora_dir: Path, kind: str, size: int
+):
+    header = b'{"lora_unet_x.lora_down.weight":{"dtype":"%s","shape":[4,1],"data_offsets":[0,%d]}}' % (
+        kind.encode(),
+        size,
+    )
+    (lora_dir / "odd.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(size))
+    assert_refused(generate("<lora:odd:1:role=style>"), ["odd.safetensors"])
 
 
 def test_a_link_that_leads_nowhere_is_named_and_in_nobodys_way(generate: Generate, lora_dir: Path, tmp_path: Path):

@@ -16,9 +16,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from lib_dynfuse.core.algebra import wide
 from lib_dynfuse.core.delta import Delta, Sum
 from lib_dynfuse.core.types import Role
-from lib_dynfuse.errors import DynFuseError
+from lib_dynfuse.errors import DynFuseError, shown
 from lib_dynfuse.hosts.lora_deltas import AtStrength, Unreadable, delta_at
 from lib_dynfuse.hosts.lora_files import LoraFile, family_name, open_lora
 from lib_dynfuse.hosts.lora_names import TEXT, TEXT_2, UNET, LayerNames, NamedLayer, Reading
@@ -124,27 +125,30 @@ class Adapters:
         name = lora.path.name
         reading = self._names_of(lora)
         if not reading.layers:
-            raise self._misfit(lora, f"it fits no layer of the model; its first key is {next(iter(lora.shapes))}")
+            raise self._misfit(
+                lora, f"it fits no layer of the model; its first key is {shown(next(iter(lora.shapes)))}"
+            )
         scales = _Scales(lora)
         deltas: dict[tuple[str, str], AtStrength] = {}
         with safe_open(lora.path, framework="pt") as file, torch.no_grad():
             for key, other in reading.again.items():
-                if not torch.equal(file.get_tensor(key), file.get_tensor(other)):
-                    raise self._misfit(lora, f"{key} and {other} mean the same tensor and differ; expected one of them")
+                if not torch.equal(wide(file.get_tensor(key)), wide(file.get_tensor(other))):
+                    both = f"{shown(key)} and {shown(other)}"
+                    raise self._misfit(lora, f"{both} mean the same tensor and differ; expected one of them")
             for layer in reading.layers:
                 tensors = {tensor: file.get_tensor(key) for tensor, key in layer.keys.items()}
                 module = self._components[layer.component].get_submodule(layer.path)
                 try:
                     deltas[layer.component, layer.path] = delta_at(tensors, module, scales.of(layer, tensors))
                 except Unreadable as error:
-                    raise self._misfit(lora, f"{layer.keys[error.tensor]} {error}") from error
+                    raise self._misfit(lora, f"{shown(layer.keys[error.tensor])} {error}") from error
         notes = []
         if reading.missing:
             count = f"{len(reading.missing)} of {len(reading.missing) + len(reading.layers)} layers are"
-            notes.append(f"{name}: {count} not in the model and were left out, first {reading.missing[0]}")
+            notes.append(f"{name}: {count} not in the model and were left out, first {shown(reading.missing[0])}")
         if reading.others:
             count = f"{len(reading.others)} tensors are" if len(reading.others) > 1 else "one tensor is"
-            notes.append(f"{name}: {count} no part of a LoRA and left out, first {reading.others[0]}")
+            notes.append(f"{name}: {count} no part of a LoRA and left out, first {shown(reading.others[0])}")
         if scales.unknown:
             notes.append(
                 f"{name}: its scale is unknown and taken as 1; peft has it in an adapter_config.json beside the file: "
@@ -163,7 +167,7 @@ class Adapters:
         own = "SDXL" if hasattr(self._pipe, TEXT_2) else family_name(width)
         made_for = lora.made_for
         if made_for and made_for != own and not (made_for.startswith("SDXL") and own == "SDXL"):
-            return DynFuseError(f"{lora.path.name} is made for {made_for}, but {self._model} is {own}; {reason}")
+            return DynFuseError(f"{lora.path.name} is made for {shown(made_for)}, but {self._model} is {own}; {reason}")
         return DynFuseError(f"{lora.path.name} does not fit {self._model}, {own}: {reason}")
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from lib_dynfuse.errors import shown
 from lib_dynfuse.hosts.ldm_names import ldm_names
 
 UNET, TEXT, TEXT_2 = "unet", "text_encoder", "text_encoder_2"
@@ -148,7 +149,7 @@ class LayerNames:
         for place, more in unknown.items():
             strange = next((key for key in more if not _WHOLE.search(key)), None)
             if strange is not None and place in named:
-                raise ValueError(f"{strange} is not understood; expected {EXPECTED}")
+                raise ValueError(f"{shown(strange)} is not understood; expected {EXPECTED}")
             others += more
         return Reading(list(named.values()), list(missing), others, again)
 

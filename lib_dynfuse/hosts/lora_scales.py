@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lib_dynfuse.errors import DynFuseError
+from lib_dynfuse.errors import DynFuseError, shown, without_folders
 
 _METADATA_KEY = "lora_adapter_metadata"
 
@@ -40,7 +40,9 @@ def config_beside(path: Path) -> PeftConfig | None:
     try:
         return _config(json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, AttributeError, re.error) as error:
-        raise DynFuseError(f"{path.name}: the adapter_config.json beside it cannot be read ({error})") from error
+        raise DynFuseError(
+            f"{path.name}: the adapter_config.json beside it cannot be read ({shown(without_folders(str(error)))})"
+        ) from error
 
 
 def configs_inside(name: str, metadata: Mapping[str, str]) -> dict[str, PeftConfig]:
@@ -55,7 +57,9 @@ def configs_inside(name: str, metadata: Mapping[str, str]) -> dict[str, PeftConf
             grouped.setdefault(component, {})[rest] = value
         found = {component: _config(values) for component, values in grouped.items()}
     except (ValueError, TypeError, AttributeError, re.error) as error:
-        raise DynFuseError(f"{name}: its metadata {_METADATA_KEY} cannot be read ({error})") from error
+        raise DynFuseError(
+            f"{name}: its metadata {_METADATA_KEY} cannot be read ({shown(without_folders(str(error)))})"
+        ) from error
     return {component: config for component, config in found.items() if config is not None}
 
 

@@ -682,6 +682,18 @@ def test_layers_that_the_model_does_not_have_are_named(sd: Bench, tmp_path: Path
     ]
 
 
+def test_a_key_of_any_length_is_named_in_one_short_line(sd: Bench, tmp_path: Path, fox: Factors) -> None:
+    long = "x" * 100_000
+    sd.with_file(saved({**in_layout("kohya", fox), f"{long}\n.y": torch.ones(1)}, tmp_path / "long.safetensors"))
+    (line,) = sd.said
+    assert len(line) < 400
+    assert "\n" not in line
+    state = {**in_layout("kohya", fox), f"{KEY}.{long}": torch.ones(1)}
+    with pytest.raises(DynFuseError, match=r"^long\.safetensors: .* is not understood; expected") as refused:
+        sd.with_file(saved(state, tmp_path / "long.safetensors"))
+    assert len(str(refused.value)) < 700
+
+
 def test_nothing_is_logged_while_a_file_is_read_or_refused(
     sd: Bench, tmp_path: Path, fox: Factors, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:

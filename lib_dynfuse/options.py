@@ -239,7 +239,7 @@ class Options(BaseModel, extra="forbid"):
         info = strategies().get(self.strategy)
         if info is None:
             raise OptionsError(
-                f"strategy: {quoted(self.strategy)} is not known{_hint(self.strategy, strategies(), repr)}; "
+                f"strategy: unknown strategy {quoted(self.strategy)}{_hint(self.strategy, strategies(), repr)}; "
                 f"there are: {', '.join(strategies())}"
             )
         _check_own(info, self.parameters)
@@ -399,7 +399,7 @@ def _check_own(info: StrategyInfo, parameters: Mapping[str, Any]) -> None:
     for name, value in parameters.items():
         if name not in known:
             raise OptionsError(
-                f"parameters: the rule {info.name!r} has no {quoted(name)}{_hint(name, known, repr)}; "
+                f"parameters: strategy {info.name!r} has no parameter {quoted(name)}{_hint(name, known, repr)}; "
                 f"its own are: {', '.join(own) or 'none'}"
             )
         if not _is_plain(value):

@@ -271,7 +271,7 @@ def test_no_value_of_a_rules_own_parameter_is_worse_than_refused(name: str, inde
 @pytest.mark.parametrize("name", ["name", "self", "x" * 100_000, "\ud800", ""])
 def test_a_parameter_that_the_rule_has_not_is_refused_whatever_its_name(name: str):
     said = answer({"strategy": "klora", "parameters": {name: 1}})
-    assert said.startswith("parameters: the rule 'klora' has no ")
+    assert said.startswith("parameters: strategy 'klora' has no parameter ")
     assert "alpha" in said
     assert len(said.encode()) < 1000
 

@@ -20,8 +20,8 @@ FOLDER = Path(__file__).parent
 ROOT = FOLDER.parents[1]
 
 
-def one_round(seed: int, examples: int, tried: Path) -> tuple[bool, Counter[str]]:
-    """Whether all tests passed, and how many inputs each has tried. What pytest says goes to the terminal."""
+def one_round(seed: int, examples: int, tried: Path) -> tuple[int, Counter[str]]:
+    """pytest's exit status, and how many inputs each test has tried. What pytest says goes to the terminal."""
     tried.unlink(missing_ok=True)
     words = [sys.executable, "-m", "pytest", str(FOLDER), "--hypothesis-seed", str(seed), "-p", "no:cacheprovider"]
     # As the seed gives them: without the inputs that failed before, and without the suite's fixed ones.
@@ -29,7 +29,7 @@ def one_round(seed: int, examples: int, tried: Path) -> tuple[bool, Counter[str]
     environment = {**without, "FUZZ_EXAMPLES": str(examples), "FUZZ_TRIED": str(tried), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(words, cwd=ROOT, env=environment, check=False)
     lines = tried.read_text(encoding="utf-8").splitlines() if tried.exists() else []
-    return done.returncode == 0, Counter(json.loads(lines[-1]) if lines else {})
+    return done.returncode, Counter(json.loads(lines[-1]) if lines else {})
 
 
 def main() -> int:
@@ -40,11 +40,12 @@ def main() -> int:
     print(f"first seed {first}, {examples} inputs of a test in a round, rounds for {seconds:g} seconds", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         while time.monotonic() - began < seconds:
-            passed, tried = one_round(seed, examples, Path(folder, "tried"))
+            status, tried = one_round(seed, examples, Path(folder, "tried"))
             total += tried
-            if not passed:
+            if status:
                 failed.append(seed)
-            print(f"seed {seed}: {'passed' if passed else 'FAILED'}, {sum(total.values())} inputs so far", flush=True)
+            said = {0: "passed", 1: "FAILED"}.get(status, f"DID NOT END, exit status {status}")
+            print(f"seed {seed}: {said}, {sum(total.values())} inputs so far", flush=True)
             seed += 1
     for name, count in sorted(total.items()):
         print(f"{count:9d}  {name}")

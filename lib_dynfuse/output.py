@@ -14,6 +14,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -147,8 +148,13 @@ def _new_folder(folder: Path) -> tuple[Path, Lock | None]:
 
 
 def _remove(making: Path, lock: Lock | None) -> None:
+    # The plan first, as it stands for files that are there; the lock last, as it says that nobody is at work any more.
+    with suppress(OSError):
+        for path in sorted(making.iterdir(), key=lambda path: path.name != _PLAN):
+            if path.name != _LOCK:
+                path.unlink()
     if lock is not None:
-        lock.release()  # first: elsewhere than on POSIX no open file can be removed
+        lock.release()  # elsewhere than on POSIX no open file can be removed
     shutil.rmtree(making, ignore_errors=True)
 
 

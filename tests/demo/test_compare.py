@@ -186,5 +186,5 @@ def test_nudges_alone_add_both_loras_without_a_rule() -> None:
 
 def test_a_guided_method_without_its_encoders_says_what_is_missing(tmp_path: Any) -> None:
     alone = Alone(torch.rand(2, 3, 8, 8), torch.rand(2, 3, 8, 8))
-    with pytest.raises(RuntimeError, match="nudges alone: not nudged: CLIP"):
+    with pytest.raises(RuntimeError, match="nudges alone: not nudged: this CLIP may not be used"):
         compare(Host(), Judge(), [FOX], [0, 1], methods=GUIDED[:1], alone={FOX: alone}, encoders=tmp_path)

@@ -155,8 +155,8 @@ def test_without_an_option_the_loras_are_added_as_the_host_does() -> None:
         ("", ["no colon"], "write LABEL:"),
         ("", ["x: strategy"], "--method x strategy: write NAME=VALUE"),
         ("", ["x: subject=loud"], "subject is a strength"),
-        ("", ["x: strategy=best"], "strategy: 'best' is not known"),
-        ("", ["x: strategy=kl sharp=1"], "the rule 'kl' has no 'sharp'"),
+        ("", ["x: strategy=best"], "unknown strategy 'best'"),
+        ("", ["x: strategy=kl sharp=1"], "no parameter 'sharp'"),
     ],
 )
 def test_a_mistake_in_a_method_is_named(names: str, written: list[str], said: str) -> None:

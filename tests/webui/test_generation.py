@@ -506,4 +506,4 @@ def test_a_note_is_short_and_notes_are_few_whatever_the_prompt_holds(hand: Hand)
     assert max(map(len, p.comments)) < 1100
     assert len(written(p)["DynFuse note"]) < 40_000
     generation.begin(p, [{"enabled": True, "strategy": "best"}])
-    assert p.comments[-1].startswith("DynFuse: not fused: strategy: 'best'")
+    assert p.comments[-1].startswith("DynFuse: not fused: strategy: unknown strategy 'best'")
